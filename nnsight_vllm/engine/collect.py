@@ -1,0 +1,125 @@
+"""Takes what workers send home off the engine's outputs, and ends requests that stopped or failed.
+
+The deltas ride as byte tensors in `pooling_output`, a field that generating requests never use; they are taken off
+before vLLM's output processor looks at them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nnsight_vllm.errors import InterventionError
+from nnsight_vllm.graph.results import (
+    Delta,
+    DictValue,
+    DtypeValue,
+    ListValue,
+    Saved,
+    TensorValue,
+    TupleValue,
+    Value,
+)
+from nnsight_vllm.graph.wire import decode_delta
+from nnsight_vllm.trace.backend import Sample
+
+
+@dataclass
+class Collected:
+    """What one sample has sent so far."""
+
+    sample: Sample = field(default_factory=Sample)
+    is_stopped: bool = False
+
+    def add(self, delta: Delta) -> None:
+        for saved in delta.saves:
+            self._save(saved)
+        self.sample.logs += delta.logs
+        self.sample.failure = self.sample.failure or delta.failure
+        self.is_stopped = self.is_stopped or delta.stopped
+
+    def _save(self, saved: Saved) -> None:
+        value = decode_value(saved.value)
+        if saved.append:
+            known = self.sample.values[saved.name]
+            if not isinstance(known, list) or not isinstance(value, list):
+                raise InterventionError(f"the engine sent a continuation of {saved.name}, which isn't a list")
+            known.extend(value)
+        else:
+            self.sample.values[saved.name] = value
+
+
+class Collector:
+    """Wraps one engine's output processor. Keyed by the request's public id and the sample's index."""
+
+    def __init__(self, llm: Any) -> None:
+        self._processor = llm.llm_engine.output_processor
+        self._original = self._processor.process_outputs
+        self._found: dict[str, dict[int, Collected]] = {}
+        self._processor.process_outputs = self.process_outputs
+
+    def take(self, request_id: str, count: int) -> list[Collected]:
+        """What the samples of a finished request sent home."""
+        found = self._found.pop(request_id, {})
+        return [found.get(i) or Collected() for i in range(count)]
+
+    def clear(self) -> None:
+        self._found.clear()
+
+    @property
+    def pending(self) -> int:
+        """Requests whose results nobody has taken."""
+        return len(self._found)
+
+    def process_outputs(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of vLLM's own, which does the rest."""
+        ended = [output.request_id for output in outputs if output.pooling_output is not None and self._take_off(output)]
+        processed = self._original(outputs, *args, **kwargs)
+        processed.reqs_to_abort.extend(ended)
+        return processed
+
+    def _take_off(self, output: Any) -> bool:
+        """Read the delta on an output. Returns whether the engine must still be told to end the request."""
+        state = self._processor.request_states.get(output.request_id)
+        if state is None or state.detokenizer is None:
+            return False
+        data, output.pooling_output = output.pooling_output, None
+        delta = decode_delta(memoryview(data.numpy()))
+        parent = state.parent_req
+        public_id = parent.external_req_id if parent is not None else state.external_req_id
+        self._found.setdefault(public_id, {}).setdefault(state.request_index, Collected()).add(delta)
+        return (delta.stopped or delta.failure is not None) and self._end(output, delta)
+
+    @staticmethod
+    def _end(output: Any, delta: Delta) -> bool:
+        """Make the output the request's last one. `abort` keeps the detokenizer from dropping the last token as a stop."""
+        from vllm.v1.engine import FinishReason
+
+        if not delta.keep_token:
+            output.new_token_ids = []
+            output.new_logprobs = None
+        is_running = output.finish_reason is None
+        output.finish_reason = FinishReason.ABORT
+        return is_running
+
+
+def decode_value(value: Value) -> object:
+    """A saved value as Python and torch have it; tensors are writable and the caller's own."""
+    match value:
+        case TensorValue():
+            dtype: torch.dtype = getattr(torch, value.dtype)
+            if not value.data:
+                return torch.empty(value.shape, dtype=dtype)
+            return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
+        case ListValue():
+            return [decode_value(item) for item in value.items]
+        case TupleValue():
+            return tuple(decode_value(item) for item in value.items)
+        case DictValue():
+            return {decode_value(key): decode_value(item) for key, item in value.items}
+        case DtypeValue():
+            return getattr(torch, value.name)
+        case _:
+            return value

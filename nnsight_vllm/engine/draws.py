@@ -1,0 +1,47 @@
+"""The two sites that are no module's: the logits before sampling, and the token drawn from them.
+
+Both live on pseudo taps of the runner's own, one row a request: `logits.output` [1, vocab] and `samples.output` [1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nnsight_vllm.engine.sites import Direct, Site, Slot
+from nnsight_vllm.engine.taps import Tensors
+from nnsight_vllm.errors import InterventionError
+from nnsight_vllm.graph.catalogue import SiteInfo
+
+LOGITS_TAP = -1
+SAMPLES_TAP = -2
+
+
+@dataclass
+class Samples:
+    """The drawn ids: a tap's one tensor is [requests, 1]. The engine goes on from what is written."""
+
+    info: SiteInfo
+    vocab_size: int
+    tap: int = SAMPLES_TAP
+
+    def read(self, tensors: Tensors, rows: slice) -> Tensor:
+        return tensors[0][rows, 0].long()
+
+    def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
+        token = int(new)
+        if not 0 <= token < self.vocab_size:
+            new.copy_(old)
+            raise InterventionError(f"token {token} isn't in the vocabulary of {self.vocab_size} tokens")
+        tensors[0][rows, 0] = token
+
+    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
+        return None
+
+
+def draw_sites(first_order: int, vocab_size: int, logits_dtype: str) -> list[Site]:
+    """Logits and samples, firing after every module's sites."""
+    logits = SiteInfo("logits.output", "logits", "output", first_order, (1, vocab_size), logits_dtype)
+    samples = SiteInfo("samples.output", "samples", "output", first_order + 1, (1,), "int64")
+    return [Direct(logits, LOGITS_TAP, Slot(0)), Samples(samples, vocab_size)]

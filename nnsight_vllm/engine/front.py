@@ -1,0 +1,183 @@
+"""The engine in this process' hands: starts vLLM with our worker, sends requests with graphs, gives outcomes.
+
+vLLM's `LLM` isn't made for several threads; a lock lets one trace run at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import msgspec
+
+from nnsight_vllm.engine.collect import Collected, Collector
+from nnsight_vllm.engine.prompts import make_prompt
+from nnsight_vllm.engine.settings import Sites, engine_arguments
+from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
+from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError
+from nnsight_vllm.graph.catalogue import Catalogue
+from nnsight_vllm.graph.walk import sites_written
+from nnsight_vllm.graph.wire import decode
+from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
+from nnsight_vllm.trace.source import user_line
+from nnsight_vllm.trace.tree import Tree
+
+FIELD = "nnsight_vllm"
+_RENAMED = {"max_new_tokens": "max_tokens"}
+
+
+class Engine:
+    """A running vLLM engine that takes graphs."""
+
+    def __init__(self, model: str, arguments: dict[str, object], sites: Sites, tensor_limit: int = DEFAULT_LIMIT) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise EngineSettingError(
+                "running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
+            ) from error
+        self.llm: Any = LLM(model, **engine_arguments(arguments, sites))
+        self.tokenizer: Any = self.llm.get_tokenizer()
+        self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
+        self.collector = Collector(self.llm)
+        self.tensors = SentTensors(self._put, self._drop, tensor_limit)
+        self._lock = threading.RLock()
+
+    # -- the backend of a trace ------------------------------------------------------------------------------------------
+
+    def prompt(self, inputs: tuple[object, ...]) -> Prompt:
+        """The prompt behind the arguments of `trace` or `invoke`. Raises `AdmissionError`."""
+        catalogue = self.tree.catalogue
+        prompt = make_prompt(inputs, self.tokenizer, catalogue.vocab_size)
+        if prompt.rows >= catalogue.max_model_len:
+            raise AdmissionError(
+                f"the prompt has {prompt.rows} tokens; max_model_len is {catalogue.max_model_len}, prompt and answer "
+                f"together; {user_line()}"
+            )
+        return prompt
+
+    def sampling(self, arguments: dict[str, object]) -> Any:
+        """vLLM's sampling parameters. Raises `AdmissionError` for what vLLM doesn't know or allow."""
+        from vllm import SamplingParams
+
+        named = {_RENAMED.get(name, name): value for name, value in arguments.items()}
+        try:
+            return SamplingParams(**named)
+        except (TypeError, ValueError) as error:
+            raise AdmissionError(f"bad sampling arguments: {error}; {user_line()}") from None
+
+    def admit(self, request: Request) -> None:
+        """Raise `AdmissionError` if a request with a graph can't be taken."""
+        if request.graph is None:
+            return
+        budget = self.tree.catalogue.max_num_batched_tokens
+        if request.prompt.rows > budget:
+            raise AdmissionError(
+                f"a prompt with a graph must fit into one step: it has {request.prompt.rows} tokens, max_num_batched_tokens "
+                f"is {budget}; {user_line()}"
+            )
+        is_structured = request.sampling.structured_outputs is not None
+        if is_structured and "samples.output" in sites_written(decode(request.graph).body):
+            raise AdmissionError(f"samples can't be edited under structured outputs; {user_line()}")
+
+    def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
+        """Run all requests together and wait for them."""
+        digests = {digest for request in requests for digest in request.constants}
+        with self._lock:
+            self.tensors.acquire(digests, tensors)
+            try:
+                outputs = self._generate(requests)
+            finally:
+                self.tensors.release(digests)
+            return [self._outcome(output) for output in outputs]
+
+    # -- the engine ------------------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if anything is left of requests that have ended."""
+        with self._lock:
+            live = [] if not self.llm.llm_engine.has_unfinished_requests() else list(self._states())
+            leftovers = msgspec.msgpack.decode(self._call("nnsight_integrity", (live,)), type=list[str])
+            leftovers += [f"front end: request {name} was never finished" for name in self._states() if name not in live]
+            if self.collector.pending:
+                leftovers.append(f"front end: results of {self.collector.pending} requests were never taken")
+            if self.tensors.in_use:
+                leftovers.append(f"front end: {self.tensors.in_use} tensors are still in use")
+        if leftovers:
+            raise IntegrityError("; ".join(leftovers))
+
+    def store(self) -> dict[str, int]:
+        """Numbers of the worker's tensor store: `bytes` and `count` held, `received_bytes` ever sent."""
+        return msgspec.msgpack.decode(self._call("nnsight_store"), type=dict[str, int])
+
+    def close(self) -> None:
+        """End the engine and free what it held."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _states(self) -> dict[str, Any]:
+        return dict(self.llm.llm_engine.output_processor.request_states)
+
+    def _generate(self, requests: list[Request]) -> list[Any]:
+        prompts = [self._prompt(request) for request in requests]
+        params = [self._params(request) for request in requests]
+        try:
+            return list(self.llm.generate(prompts, params, use_tqdm=False))
+        except BaseException as error:
+            self._abort_all()
+            if isinstance(error, ValueError | TypeError):  # vLLM's own admission
+                raise AdmissionError(f"the engine refuses the request: {error}") from error
+            raise
+
+    def _abort_all(self) -> None:
+        """After an interruption: nothing of this trace stays in the engine."""
+        names = list(self._states())
+        if names:
+            self.llm.llm_engine.abort_request(names, internal=True)
+        self.collector.clear()
+
+    @staticmethod
+    def _prompt(request: Request) -> Any:
+        if request.graph is None:
+            return request.prompt.engine
+        # Edited state must not be found by others: a salt that nobody else has.
+        return {**request.prompt.engine, "cache_salt": f"{FIELD}:{uuid.uuid4().hex}"}
+
+    @staticmethod
+    def _params(request: Request) -> Any:
+        params = request.sampling.clone()
+        if request.graph is not None:
+            params.extra_args = {**(params.extra_args or {}), FIELD: request.graph}
+            params.skip_reading_prefix_cache = True  # the samples of one request share its salt
+        return params
+
+    def _outcome(self, output: Any) -> Outcome:
+        collected = self.collector.take(output.request_id, len(output.outputs))
+        completions = [_completion(sample, found) for sample, found in zip(output.outputs, collected, strict=True)]
+        result = Result(completions, output.prompt, list(output.prompt_token_ids), output.num_cached_tokens)
+        return Outcome(result, [found.sample for found in collected])
+
+    def _put(self, data: list[bytes]) -> None:
+        self._call("nnsight_put", (data,))
+
+    def _drop(self, digests: list[str]) -> None:
+        self._call("nnsight_drop", (digests,))
+
+    def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
+        return self.llm.collective_rpc(method, args=args)[0]
+
+
+def _completion(output: Any, found: Collected) -> Completion:
+    reason = output.finish_reason
+    if found.sample.failure is not None:
+        reason = "error"
+    elif found.is_stopped:
+        reason = "stop"
+    return Completion(
+        text=output.text,
+        token_ids=list(output.token_ids),
+        finish_reason=reason,
+        stop_reason=output.stop_reason,
+        logprobs=output.logprobs,
+        cumulative_logprob=output.cumulative_logprob,
+    )

@@ -1,0 +1,159 @@
+"""Put taps into a loaded model, before it is compiled, and report what graphs may touch.
+
+In: vLLM's model, its configuration, which sites are wanted. Out: `Instrumented`, with the sites by name, the taps they
+live on, and a fingerprint of both for vLLM's compile-cache key, which would otherwise ignore instrumentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import msgspec
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from nnsight_vllm.engine import modules, taps, views
+from nnsight_vllm.engine.catalogue import describe
+from nnsight_vllm.engine.hooks import install, wrap_head
+from nnsight_vllm.engine.modules import Part
+from nnsight_vllm.engine.placement import Placement
+from nnsight_vllm.engine.sites import Argument, Direct, Site, Slot
+from nnsight_vllm.engine.survey import survey
+from nnsight_vllm.errors import EngineSettingError
+from nnsight_vllm.graph.catalogue import Catalogue, SiteInfo
+
+SURVEY_ROWS = 7
+"""Rows of the surveying forward: few, and no usual size of another dimension."""
+
+Selection = str | list[str]
+
+
+@dataclass
+class Instrumented:
+    """A model with taps. `logits_taps` fire outside the model's forward, on rows that get logits."""
+
+    model: nn.Module
+    config: VllmConfig
+    selection: Selection
+    parts: dict[str, Part]
+    raw: dict[str, str]
+    blocks: list[str]
+    sites: dict[str, Site]
+    refusals: dict[str, str]
+    num_taps: int
+    logits_taps: frozenset[int]
+    fingerprint: str
+
+    def probe(self, run: Callable[[], None]) -> Catalogue:
+        """The catalogue, from one real forward: `run` does it. Sites whose tap stays silent are dropped and refused."""
+        seen: dict[int, dict[str, Tensor]] = {}
+        by_tap: dict[int, list[Site]] = {}
+        for site in self.sites.values():
+            by_tap.setdefault(site.tap, []).append(site)
+        taps.ACTIVE.update({tap: _recorder(tap, served, seen) for tap, served in by_tap.items()})
+        try:
+            run()
+        finally:
+            for tap in by_tap:
+                taps.ACTIVE.pop(tap, None)
+        failures = taps.take_failures()
+        if failures:
+            raise failures[0]
+        self._settle({name: value for values in seen.values() for name, value in values.items()})
+        return describe(self)
+
+    def _settle(self, seen: dict[str, Tensor]) -> None:
+        for name, site in list(self.sites.items()):
+            if name in seen:
+                value = seen[name]
+                site.info = msgspec.structs.replace(
+                    site.info, shape=(None, *value.shape[1:]), dtype=str(value.dtype).removeprefix("torch.")
+                )
+            elif site.tap not in self.logits_taps:
+                del self.sites[name]
+                self.refusals[name] = f"{site.info.path} didn't run in the engine's probing forward"
+
+
+def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all") -> Instrumented:
+    """Survey the model, decide the taps, install them."""
+    with views.build_context(config):
+        tree = modules.huggingface_tree(config.model_config.hf_config)
+    modules.unshare(model)
+    for activation in views.modules_to_run_plainly(model):
+        views.run_plainly(activation)
+    watched = survey(model, lambda: views.eager_forward(model, config, SURVEY_ROWS), SURVEY_ROWS)
+    parts = modules.match(tree, model)
+    raw = modules.raw_modules(parts, model)
+    blocks = modules.blocks(tree)
+    selected = _selector(selection, parts, blocks)
+    placement = Placement(parts, raw, blocks, model, watched, selected)
+    placement.walk()
+    install(model, placement.taps)
+    sites = [*placement.sites, *_head_sites(model, config, placement.numbers, len(placement.sites), selected)]
+    head = frozenset({placement.numbers}) if len(sites) > len(placement.sites) else frozenset()
+    return Instrumented(
+        model=model,
+        config=config,
+        selection=selection,
+        parts=parts,
+        raw=raw,
+        blocks=blocks,
+        sites={site.info.name: site for site in sites},
+        refusals=placement.refusals,
+        num_taps=len(placement.taps),
+        logits_taps=head,
+        fingerprint=_fingerprint(placement, sites),
+    )
+
+
+def _selector(selection: Selection, parts: dict[str, Part], blocks: list[str]) -> Callable[[str], bool]:
+    if selection == "all":
+        return lambda path: True
+    if selection == "blocks":
+        main = {*blocks, "lm_head", *_stems(parts, blocks)}
+        return lambda path: path in main
+    if isinstance(selection, str):
+        raise EngineSettingError(f"sites must be 'all', 'blocks' or a list of patterns, not {selection!r}")
+    patterns = list(selection)
+    return lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _stems(parts: dict[str, Part], blocks: list[str]) -> list[str]:
+    """Embeddings, final norm and base models: what stands beside or above the list of blocks."""
+    home = blocks[0].rpartition(".")[0].rpartition(".")[0]
+    return [path for path in parts if path and (path.rpartition(".")[0] == home or f"{home}.".startswith(f"{path}."))]
+
+
+def _head_sites(
+    model: nn.Module, config: VllmConfig, tap: int, order: int, selected: Callable[[str], bool]
+) -> list[Site]:
+    """`lm_head`'s input and output, on a tap outside the compiled graph."""
+    if not selected("lm_head"):
+        return []
+    wrap_head(model.logits_processor, tap)  # type: ignore[arg-type]
+    weights = config.model_config.hf_config.get_text_config()
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    given, logits = Slot(0), Slot(1)
+    shapes: dict[str, Any] = {"input": (None, weights.hidden_size), "output": (None, weights.vocab_size)}
+    infos = [
+        SiteInfo(f"lm_head.{port}", "lm_head", port, order + i, shapes[port], dtype)  # type: ignore[arg-type]
+        for i, port in enumerate(("input", "output"))
+    ]
+    return [Argument(infos[0], tap, given, logits, views.head_of(model)), Direct(infos[1], tap, logits)]
+
+
+def _recorder(tap: int, served: list[Site], seen: dict[int, dict[str, Tensor]]) -> taps.Handler:
+    def record(tensors: taps.Tensors) -> None:
+        seen[tap] = {site.info.name: site.read(tensors, slice(0, 1)) for site in served}
+
+    return record
+
+
+def _fingerprint(placement: Placement, sites: list[Site]) -> str:
+    text = repr([(tap.number, tap.host, tap.before, tap.read, tap.write, tap.copies) for tap in placement.taps])
+    text += repr([(site.info.name, site.tap) for site in sites])
+    return hashlib.sha256(text.encode()).hexdigest()

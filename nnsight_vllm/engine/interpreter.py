@@ -1,0 +1,270 @@
+"""Runs one request's program, instruction by instruction, until it waits or is over.
+
+One method an instruction kind. A method returns False where the program has to wait; anything it raises is the
+request's failure, which the executor records.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
+from nnsight_vllm.engine.places import Place
+from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
+from nnsight_vllm.errors import InterventionError, OutOfOrderError
+from nnsight_vllm.graph.nodes import Arg, Call, Const, Log, Op, Read, Ref, Save, Write
+from nnsight_vllm.graph.ops import RANDOM, is_inplace
+from nnsight_vllm.plan.instructions import (
+    At,
+    Branch,
+    End,
+    Free,
+    Halt,
+    IterBegin,
+    IterNext,
+    Jump,
+    LoopBegin,
+    LoopNext,
+    Move,
+    Run,
+)
+from nnsight_vllm.plan.program import SAMPLES
+
+MAX_TRIPS = 65_536
+_ADDS = {"py.iadd": 1, "tensor.add_": 1, "py.isub": -1, "tensor.sub_": -1}
+_FILLS = {"py.append", "py.extend", "py.insert", "py.update", "py.list", "py.dict", "py.tuple"}
+
+
+class ModuleCalls(Protocol):
+    """Applies a module of the model to values, ad hoc."""
+
+    def call(self, module_path: str, args: list[Any]) -> Tensor: ...
+
+
+class Interpreter:
+    """`orders`: site name -> its place in the model's firing order."""
+
+    def __init__(self, orders: Mapping[str, int], calls: ModuleCalls, device: torch.device) -> None:
+        self._orders = orders
+        self._calls = calls
+        self._device = device
+        self._methods: dict[type, Callable[[Request, Any], bool]] = {
+            At: self.at,
+            Run: self.run_node,
+            Halt: self.halt,
+            Branch: self.branch,
+            Jump: self.jump,
+            Move: self.move,
+            LoopBegin: self.loop_begin,
+            LoopNext: self.loop_next,
+            IterBegin: self.iter_begin,
+            IterNext: self.iter_next,
+            Free: self.free,
+            End: self.end,
+        }
+        self._nodes: dict[type, Callable[[Request, Any], Any]] = {
+            Read: self.read,
+            Write: self.write,
+            Op: self.op,
+            Const: self.const,
+            Call: self.call,
+            Save: self.save,
+            Log: self.log,
+        }
+
+    def run(self, request: Request) -> None:
+        """Go on until the program waits (`request.wait`) or is over."""
+        while request.is_running:
+            instruction = request.program.code[request.pc]
+            request.pc += 1
+            if not self._methods[type(instruction)](request, instruction):
+                request.pc -= 1
+                return
+
+    def keeps_token(self, request: Request) -> bool:
+        """Whether this iteration's token was drawn and seen before the program got here."""
+        return request.order >= self._orders[SAMPLES]
+
+    def at(self, request: Request, at: At) -> bool:
+        iteration = request.absolute(at.iteration)
+        if at.site is None:
+            request.wait = Wait(None, iteration)
+            return request.iteration >= iteration
+        if request.iteration == iteration and request.place is not None and request.place.name == at.site:
+            return True
+        self._check_ahead(request, at.site, iteration)
+        request.wait = Wait(at.site, iteration)
+        return False
+
+    def run_node(self, request: Request, run: Run) -> bool:
+        node = run.node
+        request.node = node.id
+        result = self._nodes[type(node)](request, node)
+        if not isinstance(node, Write | Save | Log):
+            request.env[node.id] = result
+        _free(request, run.free)
+        return True
+
+    def halt(self, request: Request, halt: Halt) -> bool:
+        request.stop(self.keeps_token(request))
+        return True
+
+    def branch(self, request: Request, branch: Branch) -> bool:
+        request.node = branch.node
+        if not evaluate(branch.test, request.env):
+            request.pc = branch.target
+        return True
+
+    def jump(self, request: Request, jump: Jump) -> bool:
+        request.pc = jump.target
+        return True
+
+    def move(self, request: Request, move: Move) -> bool:
+        values = [evaluate(value, request.env) for value in move.values]
+        request.env.update(zip(move.ids, values, strict=True))
+        _free(request, move.free)
+        return True
+
+    def loop_begin(self, request: Request, begin: LoopBegin) -> bool:
+        request.node = begin.node
+        items = list(evaluate(begin.over, request.env))
+        if len(items) > MAX_TRIPS:
+            raise InterventionError(f"a loop over {len(items)} items; the limit is {MAX_TRIPS}")
+        request.frames.append(LoopFrame(iter(items)))
+        return True
+
+    def loop_next(self, request: Request, step: LoopNext) -> bool:
+        frame = request.frames[-1]
+        assert isinstance(frame, LoopFrame)
+        for item in frame.items:
+            request.env[step.item] = item
+            return True
+        request.frames.pop()
+        request.pc = step.exit
+        return True
+
+    def iter_begin(self, request: Request, begin: IterBegin) -> bool:
+        request.frames.append(IterationsFrame(iter(_iterations(begin))))
+        return True
+
+    def iter_next(self, request: Request, step: IterNext) -> bool:
+        frame = request.frames[-1]
+        assert isinstance(frame, IterationsFrame)
+        for iteration in frame.upcoming:
+            frame.current = request.env[step.index] = iteration
+            return True
+        request.frames.pop()
+        request.pc = step.exit
+        return True
+
+    def free(self, request: Request, free: Free) -> bool:
+        _free(request, free.ids)
+        return True
+
+    def end(self, request: Request, end: End) -> bool:
+        request.end()
+        return True
+
+    def read(self, request: Request, node: Read) -> Tensor:
+        return request.place_at(node.site).work
+
+    def write(self, request: Request, node: Write) -> None:
+        request.place_at(node.site).assign(evaluate(node.value, request.env))
+
+    def const(self, request: Request, node: Const) -> Tensor:
+        tensor = request.constants[node.digest]
+        return tensor.clone() if request.program.changes_values else tensor
+
+    def call(self, request: Request, node: Call) -> Tensor:
+        return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
+
+    def save(self, request: Request, node: Save) -> None:
+        request.outbox.save(node.name, evaluate(node.value, request.env))
+
+    def log(self, request: Request, node: Log) -> None:
+        request.outbox.log(" ".join(str(evaluate(arg, request.env)) for arg in node.args))
+
+    def op(self, request: Request, node: Op) -> Any:
+        args = [evaluate(arg, request.env) for arg in node.args]
+        kwargs = {key: evaluate(value, request.env) for key, value in node.kwargs.items()}
+        if request.place is not None and _fills_container(node.name, args):
+            args = [_settled_arg(arg, value, request.place) for arg, value in zip(node.args, args, strict=True)]
+            kwargs = {key: _settled_arg(node.kwargs[key], value, request.place) for key, value in kwargs.items()}
+        if node.writes is not None:
+            return self._write_in_place(request.place_at(node.writes), node.name, args, kwargs, request)
+        result = self._apply(request, node.name, args, kwargs)
+        for target in _changed(node.name, args, kwargs):
+            request.outbox.changed(target)
+        return result
+
+    def _write_in_place(
+        self, place: Place, name: str, args: list[Any], kwargs: dict[str, Any], request: Request
+    ) -> Any:
+        place.refuse_floats(args[2:] if name == "py.setitem" else args[1:])
+        if name in _ADDS and len(args) == 2 and not kwargs and place.add(args[0], args[1], _ADDS[name]):
+            return args[0]
+        return place.change(lambda: self._apply(request, name, args, kwargs))
+
+    def _apply(self, request: Request, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name in FACTORIES and self._device.type != "cpu":
+            kwargs.setdefault("device", self._device)
+        if name not in RANDOM:
+            return OPERATIONS[name](*args, **kwargs)
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(request.draw_seed())
+            return OPERATIONS[name](*args, **kwargs)
+
+    def _check_ahead(self, request: Request, site: str, iteration: int) -> None:
+        here = (request.iteration, request.order)
+        if (iteration, self._orders[site]) <= here:
+            raise OutOfOrderError(f"{site} at iteration {iteration} has passed: the request is at iteration {here[0]}")
+
+
+def _settled_arg(arg: Arg, value: Any, place: Place) -> Any:
+    """A value as a container takes it. A list or dict that exists already keeps its identity."""
+    if isinstance(arg, Ref) and isinstance(value, list | dict):
+        return value
+    return settled(value, place)
+
+
+def settled(value: Any, place: Place) -> Any:
+    """What aliases the place is copied, inside lists, tuples and dicts too: it's the value of this moment."""
+    match value:
+        case Tensor():
+            return value.clone() if place.aliases(value) else value
+        case list():
+            return [settled(item, place) for item in value]
+        case tuple():
+            items = tuple(settled(item, place) for item in value)
+            return value if all(map(operator.is_, items, value)) else items
+        case dict():
+            return {key: settled(item, place) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _fills_container(name: str, args: list[Any]) -> bool:
+    if name in _FILLS:
+        return True
+    return name in {"py.setitem", "py.iadd"} and bool(args) and isinstance(args[0], list | dict)
+
+
+def _changed(name: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Values that an operation changed in place."""
+    targets = args[:1] if is_inplace(name) else []
+    return [*targets, kwargs["out"]] if "out" in kwargs else targets
+
+
+def _iterations(begin: IterBegin) -> range:
+    return range(begin.start, 2**31 if begin.stop is None else begin.stop, begin.step)
+
+
+def _free(request: Request, ids: tuple[int, ...]) -> None:
+    for id in ids:
+        request.env.pop(id, None)

@@ -1,0 +1,199 @@
+"""The op table's names -> callables, and a node's arguments -> Python values.
+
+Every name is resolved once, here, from the module that its prefix names; nothing else can be called. The `py.`
+operations are Python's own operators and containers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.errors import GraphError
+from nnsight_vllm.graph.nodes import Arg, Dict, Dots, Dtype, List, Ref, Slice, Special, Tuple
+from nnsight_vllm.graph.ops import OPS
+
+Operation = Callable[..., Any]
+
+MAX_POWER = 4096
+_ATTRIBUTES = """
+values indices shape dtype ndim T mT Q R U S V Vh L eigenvalues eigenvectors sign logabsdet solution residuals rank
+singular_values
+"""
+ATTRIBUTES = frozenset(_ATTRIBUTES.split())
+# These make new tensors from plain numbers, so on an accelerator they must be told where.
+_FACTORIES = "arange eye full linspace logspace ones rand randint randn randperm range tensor zeros"
+FACTORIES = frozenset(f"torch.{name}" for name in _FACTORIES.split())
+
+
+def evaluate(arg: Arg, env: Mapping[int, Any]) -> Any:
+    """The Python value of an argument; `env` has the values of nodes."""
+    match arg:
+        case Ref():
+            if arg.id not in env:
+                raise GraphError(f"value {arg.id} was never computed")
+            return env[arg.id]
+        case List():
+            return [evaluate(item, env) for item in arg.items]
+        case Tuple():
+            return tuple(evaluate(item, env) for item in arg.items)
+        case Dict():
+            return {evaluate(key, env): evaluate(value, env) for key, value in arg.items}
+        case Slice():
+            return slice(evaluate(arg.start, env), evaluate(arg.stop, env), evaluate(arg.step, env))
+        case Dots():
+            return Ellipsis
+        case Dtype():
+            return _dtype(arg.name)
+        case Special():
+            return float(arg.text)
+        case _:
+            return arg
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise GraphError(f"no dtype {name!r}")
+    return dtype
+
+
+def _property(name: str) -> Operation:
+    return lambda tensor: getattr(tensor, name)
+
+
+def _resolve(name: str) -> Operation:
+    space, _, bare = name.partition(".")
+    if space == "py":
+        return _PY[bare]
+    found = getattr(_SPACES[space], bare)
+    return found if callable(found) else _property(bare)
+
+
+def _extend(items: list[Any], more: Iterable[Any]) -> None:
+    items.extend(more)
+
+
+def _pop(container: Any, *args: Any) -> Any:
+    return container.pop(*args)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int) and exponent > MAX_POWER:
+        raise OverflowError(f"an integer to the power of {exponent}; the limit is {MAX_POWER}")
+    return operator.pow(base, exponent)
+
+
+def _lshift(value: Any, count: Any) -> Any:
+    if isinstance(value, int) and isinstance(count, int) and count > MAX_POWER:
+        raise OverflowError(f"an integer shifted by {count} bits; the limit is {MAX_POWER}")
+    return operator.lshift(value, count)
+
+
+def _in_place_power(base: Any, exponent: Any) -> Any:
+    return base.__ipow__(exponent) if isinstance(base, Tensor) else _power(base, exponent)
+
+
+def _in_place_lshift(value: Any, count: Any) -> Any:
+    return value.__ilshift__(count) if isinstance(value, Tensor) else _lshift(value, count)
+
+
+def _round(value: Any, digits: int | None = None) -> Any:
+    if isinstance(value, Tensor):
+        return torch.round(value, decimals=digits or 0)
+    return round(value, digits)
+
+
+def _ndim(value: Tensor) -> int:
+    return value.ndim
+
+
+def _dtype_of(value: Tensor) -> torch.dtype:
+    return value.dtype
+
+
+def _attribute(value: Any, name: str) -> Any:
+    if name not in ATTRIBUTES or not isinstance(value, Tensor | tuple):
+        raise AttributeError(f"no attribute {name!r} of a {type(value).__name__} in a graph")
+    return getattr(value, name)
+
+
+_SPACES: dict[str, Any] = {
+    "tensor": Tensor,
+    "torch": torch,
+    "nn": torch.nn.functional,
+    "linalg": torch.linalg,
+    "special": torch.special,
+}
+_PY: dict[str, Operation] = {
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "pow": _power,
+    "matmul": operator.matmul,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "lshift": _lshift,
+    "rshift": operator.rshift,
+    "neg": operator.neg,
+    "pos": operator.pos,
+    "invert": operator.invert,
+    "abs": operator.abs,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "not": operator.not_,
+    "iadd": operator.iadd,
+    "isub": operator.isub,
+    "imul": operator.imul,
+    "itruediv": operator.itruediv,
+    "ifloordiv": operator.ifloordiv,
+    "imod": operator.imod,
+    "ipow": _in_place_power,
+    "imatmul": operator.imatmul,
+    "iand": operator.iand,
+    "ior": operator.ior,
+    "ixor": operator.ixor,
+    "ilshift": _in_place_lshift,
+    "irshift": operator.irshift,
+    "list": list,
+    "dict": dict,
+    "tuple": tuple,
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "append": lambda items, item: items.append(item),
+    "extend": _extend,
+    "insert": lambda items, index, item: items.insert(index, item),
+    "pop": _pop,
+    "update": lambda mapping, *args, **kwargs: mapping.update(*args, **kwargs),
+    "keys": lambda mapping: list(mapping.keys()),
+    "values": lambda mapping: list(mapping.values()),
+    "items": lambda mapping: list(mapping.items()),
+    "len": len,
+    "sum": sum,
+    "min": min,
+    "max": max,
+    "sorted": sorted,
+    "round": _round,
+    "size": lambda tensor, *args: tensor.size(*args),
+    "ndim": _ndim,
+    "dtype": _dtype_of,
+    "attr": _attribute,
+}
+
+OPERATIONS: dict[str, Operation] = {name: _resolve(name) for name in sorted(OPS)}

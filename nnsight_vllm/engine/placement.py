@@ -1,0 +1,422 @@
+"""Decide the taps: walk through the survey in firing order and put every site where its value lies.
+
+A site joins the tap that fired last if its value still lies there untouched (an attention's output is its `o_proj`'s);
+else it gets a tap of its own. Inputs of leaf modules are served after the module ran, so that assigning one recomputes
+that module's output and nothing else. A container's input is changed before the container runs: in place if nobody else
+reads the tensor, else in a copy made for the container.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnsight_vllm.engine import views
+from nnsight_vllm.engine.modules import Part
+from nnsight_vllm.engine.sites import Activation, Apply, Argument, Direct, Gate, Refresh, Site, Slot, Stream
+from nnsight_vllm.engine.survey import Firing, Survey, is_same
+from nnsight_vllm.graph.catalogue import Port, SiteInfo
+
+SHARED_INPUT = (
+    "{path}.input is a tensor that other modules use too, and Hugging Face's in-place edit would reach them all; "
+    "assign it by value ({path}.input = x.clone() ...), which changes what this module sees and nothing else"
+)
+CHANGED_BY_INPUT = "{path}.output is what {other}.input is; assign that one"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a hook finds a tensor: an argument, a keyword, the output (whole, or one element), a kept input."""
+
+    kind: Literal["argument", "keyword", "output", "kept"]
+    key: int | str | None = None
+
+
+@dataclass
+class Tap:
+    """One operator call: before or after `host` runs, what it reads, what it may write.
+
+    `copies`: the tensors written are replaced by copies first. `keeps`: host whose first argument a "kept" source is.
+    """
+
+    number: int
+    host: str
+    before: bool
+    read: list[Source]
+    write: list[Source]
+    copies: bool = False
+    keeps: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value that lies in a slot of a tap since some moment of the survey."""
+
+    tap: Tap
+    slot: Slot
+    value: Tensor
+    since: int
+
+
+@dataclass
+class Placement:
+    """The walk's state and its result: `taps` in firing order, `sites` in firing order, `refusals` by site name."""
+
+    parts: dict[str, Part]
+    raw: dict[str, str]
+    blocks: list[str]
+    model: nn.Module
+    survey: Survey
+    selected: Callable[[str], bool]
+    taps: list[Tap] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+    held: list[Held] = field(default_factory=list)
+    numbers: int = 0
+
+    def __post_init__(self) -> None:
+        self.bases = [path for path in self.parts if path and self._is_base(path)]
+        self.by_host: dict[str, list[Part]] = {}
+        for part in self.parts.values():
+            if part.host and part.path not in self.bases:
+                self.by_host.setdefault(part.host, []).append(part)
+        self.gated = self._gated_pairs()
+        self.wanted = self._wanted_hosts()
+        self.scaled: list[Part] = []
+
+    def walk(self) -> None:
+        """Place the sites of every selected module that fires once."""
+        once = [f for f in self.survey.firings if f.path in self.wanted and len(self.survey.of(f.path)) == 1]
+        moments: list[tuple[int, Callable[[Firing], None], Firing]] = []
+        for firing in once:
+            moments += [(firing.start, self._enter, firing), (firing.end, self._leave, firing)]
+        for _, act, firing in sorted(moments, key=lambda moment: moment[0]):
+            act(firing)
+        self._base_outputs()
+
+    def _is_base(self, path: str) -> bool:
+        """Whether the module contains all blocks: the base model, or its decoder."""
+        inside = any(block.startswith(f"{path}.") for block in self.blocks)
+        return inside and not isinstance(self.parts[path].module, nn.ModuleList)
+
+    def _wanted_hosts(self) -> set[str]:
+        """vLLM modules with something selected on them; a gated activation and its linear go together."""
+        wanted = {host for host, parts in self.by_host.items() if any(self.selected(p.path) for p in parts)}
+        wanted |= {host for path, host in self.raw.items() if self.selected(path) and host in self.by_host}
+        pairs = [{activation, linear} for activation, linear in self.gated.items()]
+        return wanted.union(*(pair for pair in pairs if pair & wanted))
+
+    # -- moments
+
+    def _enter(self, firing: Firing) -> None:
+        part = self.by_host[firing.path][0]
+        if self._is_container(part) and not views.is_experts(part.module):
+            self._container_input(part, firing)
+
+    def _leave(self, firing: Firing) -> None:
+        parts = self.by_host[firing.path]
+        if self._is_container(parts[0]):
+            self._container_output(parts[0], firing)
+        elif firing.path in self.gated:
+            self._gated_mlp(firing)
+        elif views.is_gated(self.model.get_submodule(firing.path)):
+            self._refuse(parts[0].path, f"vLLM fuses {parts[0].path} in a way that can't be told apart")
+        elif not views.is_leaf(self.model.get_submodule(firing.path), parts[0].module):
+            return
+        elif firing.path not in self.gated.values():
+            self._leaf(sorted(parts, key=lambda part: part.columns or (0, 0)), firing)
+
+    def _is_container(self, part: Part) -> bool:
+        assert part.host is not None
+        return views.is_experts(part.module) or any(part.module.children())
+
+    # -- containers
+
+    def _container_input(self, part: Part, firing: Firing) -> None:
+        pairs = [(where, t) for where, t in firing.tensors() if t.is_floating_point() and self._is_rows(t)]
+        if not pairs:
+            self.refusals[f"{part.path}.input"] = f"vLLM calls {part.path} without one tensor of rows"
+            return
+        pairs = pairs[:2] if part.path in self.blocks else pairs[:1]
+        values = [t for _, t in pairs]
+        shared = not all(self.survey.is_exclusive(t, self._since(t, firing.start), firing.path) for t in values)
+        slots = None if shared else self._find(values, firing.start)
+        if slots is None:
+            sources = [Source("argument" if isinstance(where, int) else "keyword", where) for where, _ in pairs]
+            tap = self._tap(firing.path, True, [], sources, copies=shared)
+            slots = (tap, self._hold(tap, 0, values, firing.start))
+        self._scaled_outputs(*slots)
+        inplace = SHARED_INPUT.format(path=part.path) if shared and part.path not in self.blocks else ""
+        self._add_value(part.path, "input", slots, refuse_inplace=inplace)
+
+    def _container_output(self, part: Part, firing: Firing) -> None:
+        value = views.first_tensor(firing.output)
+        if value is None or not self._is_rows(value):
+            self.refusals[f"{part.path}.output"] = f"vLLM's {part.path} doesn't return one tensor of rows"
+            return
+        pair = part.path in self.blocks and self._residual_of(firing.output)
+        values = [value] if not isinstance(pair, Tensor) else [value, pair]
+        slots = self._find(values, firing.end)
+        if slots is None:
+            where = [Source("output", i if isinstance(firing.output, tuple) else None) for i in range(len(values))]
+            moved = self._absorb(value, firing.end) if len(values) == 2 else []
+            tap = self._tap(firing.path, False, [], where)
+            slots = (tap, self._hold(tap, 0, values, firing.end))
+            for site in moved:
+                site.tap = tap.number
+        self._add_value(part.path, "output", slots, structure=self._structure(part))
+
+    def _residual_of(self, output: Any) -> Tensor | None:
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
+            return output[1] if output[1].shape == output[0].shape else None
+        return None
+
+    def _absorb(self, hidden: Tensor, now: int) -> list[Direct]:
+        """Take away the last tap if all it served is `hidden`, which the caller's new tap serves too."""
+        last = self.taps[-1] if self.taps else None
+        if last is None or len(last.write) != 1 or self._find([hidden], now) is None:
+            return []
+        served = [site for site in self.sites if site.tap == last.number]
+        if not all(isinstance(s, Direct) and s.slot.index == len(last.read) and not s.slot.columns for s in served):
+            return []
+        moved = [site for site in served if isinstance(site, Direct)]
+        for site in moved:
+            site.slot = Slot(0, site.slot.batched)
+        self.taps.pop()
+        return moved
+
+    # -- leaves
+
+    def _leaf(self, parts: list[Part], firing: Firing) -> None:
+        value = firing.tensors()[0][1]
+        output = views.first_tensor(firing.output)
+        host = self.model.get_submodule(firing.path)
+        if output is None or not self._is_rows(output) or not self._is_rows(value):
+            for part in parts:
+                self._refuse(part.path, f"vLLM's {firing.path} doesn't work row by row")
+            return
+        residual = self._residual_of(firing.output) if views.is_norm(host) else None
+        only = parts[0] if len(parts) == 1 else None
+        if only is not None and residual is None and self._plain_leaf(only, value, output, firing):
+            return
+        source = self._argument(firing) if residual is None else Source("output", 1)
+        index = 0 if isinstance(firing.output, tuple) else None
+        tap = self._tap(firing.path, False, [source], [Source("output", index)])
+        given = self._slot(0, value)
+        (result,) = self._hold(tap, 1, [output], firing.end)
+        self._raw_outputs(parts[0], value if residual is None else None, tap, given)
+        for part in parts:
+            shared = only is None or not self._is_own(residual, value, firing, part)
+            columns = part.columns
+            self._add_argument(part, tap, given, result.part(columns), self._apply(part, host), shared)
+            self._output(part, tap, result.part(columns))
+        self._raw_fused(firing.path, tap, result)
+
+    def _plain_leaf(self, part: Part, value: Tensor, output: Tensor, firing: Firing) -> bool:
+        """Serve the input where the last tap holds it, if this module alone reads it. The output gets a tap."""
+        found = self._find([value], firing.start)
+        if found is None or not self.survey.is_exclusive(value, self._since(value, firing.start), firing.path):
+            return False
+        if not value.is_floating_point():
+            return False
+        self._add_value(part.path, "input", found)
+        index = 0 if isinstance(firing.output, tuple) else None
+        tap = self._tap(firing.path, False, [], [Source("output", index)])
+        (result,) = self._hold(tap, 0, [output], firing.end)
+        self._output(part, tap, result)
+        return True
+
+    def _is_own(self, residual: Tensor | None, value: Tensor, firing: Firing, part: Part) -> bool:
+        """Whether, in Hugging Face's model, no other module reads this module's input tensor."""
+        if residual is not None:
+            return not any(part.path.startswith(f"{block}.") for block in self.blocks)
+        return self.survey.is_exclusive(value, firing.start, firing.path)
+
+    def _apply(self, part: Part, host: nn.Module) -> Apply:
+        if views.is_activation(part.module):
+            return views.activation_of(part.module)
+        return views.columns_of(host, part.columns)
+
+    def _output(self, part: Part, tap: Tap, slot: Slot) -> None:
+        if _is_scaled(part.module):
+            self.scaled.append(part)
+        else:
+            info = self._info(part.path, "output", structure=self._structure(part))
+            self._add(Direct(info, tap.number, slot))
+
+    def _scaled_outputs(self, tap: Tap, slots: list[Slot]) -> None:
+        """An embedding that scales inside in Hugging Face and outside in vLLM: what enters the first block."""
+        for part in self.scaled:
+            self._add(Direct(self._info(part.path, "output"), tap.number, slots[0]))
+        self.scaled = []
+
+    # -- gated MLPs
+
+    def _gated_pairs(self) -> dict[str, str]:
+        """Gated activation -> the fused linear before it, where it alone reads that linear's output."""
+        pairs = {}
+        for host in self.by_host:
+            fired = self.survey.of(host)
+            if len(fired) != 1 or not views.is_gated(self.model.get_submodule(host)):
+                continue
+            fused = next((f for f in self.survey.firings if f.end == fired[0].start - 1), None)
+            if fused is not None and fused.path in self.by_host and self._computes(host, fired[0], fused):
+                pairs[host] = fused.path
+        return pairs
+
+    def _computes(self, host: str, fired: Firing, fused: Firing) -> bool:
+        """Whether the module is `activation(gate) * up` with transformers' activation, on the survey's numbers."""
+        gate_up, product = views.first_tensor(fused.output), views.first_tensor(fired.output)
+        if gate_up is None or product is None or not is_same(gate_up, fired.tensors()[0][1]):
+            return False
+        if not self.survey.is_exclusive(gate_up, fused.end, host):
+            return False
+        gate, up = gate_up.chunk(2, -1)
+        activation = views.activation_of(self.by_host[host][0].module)
+        with torch.inference_mode():
+            expected = activation(gate) * up
+        return bool(torch.allclose(expected.float(), product.float(), rtol=0.05, atol=1e-3))
+
+    def _gated_mlp(self, firing: Firing) -> None:
+        """Gate, activation and up at one tap, after the product: so they can follow Hugging Face's order."""
+        fused = self.survey.of(self.gated[firing.path])[0]
+        given, gate_up = fused.tensors()[0][1], views.first_tensor(fused.output)
+        product = views.first_tensor(firing.output)
+        assert gate_up is not None and product is not None
+        sources = [Source("kept"), Source("argument", 0), Source("output")]
+        tap = self._tap(firing.path, False, sources[:1], sources[1:], keeps=fused.path)
+        whole, result = self._hold(tap, 1, [gate_up, product], firing.end)
+        half = gate_up.shape[-1] // 2
+        gate = Gate(
+            firing.path,
+            whole.part((0, half)),
+            whole.part((half, 2 * half)),
+            result,
+            views.activation_of(self.by_host[firing.path][0].module),
+        )
+        host = self.model.get_submodule(fused.path)
+        linears = sorted(self.by_host[fused.path], key=lambda part: part.columns or (0, 0))
+        for i, part in enumerate(linears):
+            shared = len(linears) > 1
+            slot = whole.part(part.columns)
+            self._add_argument(part, tap, self._slot(0, given), slot, self._apply(part, host), shared, gate.refresh)
+            self._add(Direct(self._info(part.path, "output"), tap.number, slot, gate.refresh))
+            if i == 0:
+                self._activation(self.by_host[firing.path][0], tap, gate)
+        self._raw_fused(fused.path, tap, whole, gate.refresh)
+
+    def _activation(self, part: Part, tap: Tap, gate: Gate) -> None:
+        self._add(Direct(self._info(part.path, "input"), tap.number, gate.gate, gate.refresh))
+        self._add(Activation(self._info(part.path, "output"), tap.number, gate))
+
+    # -- vLLM's own modules and the base model
+
+    def _raw_outputs(self, part: Part, value: Tensor | None, tap: Tap, slot: Slot) -> None:
+        """The output of a vLLM module that is a leaf's input: the attention operator before `o_proj`."""
+        for path, host in self.raw.items():
+            if value is None or not self.selected(path) or path.rpartition(".")[0] != part.path.rpartition(".")[0]:
+                continue
+            fired = self.survey.of(host)
+            output = views.first_tensor(fired[0].output) if len(fired) == 1 else None
+            if output is not None and is_same(output, value):
+                reason = CHANGED_BY_INPUT.format(path=path, other=part.path)
+                self._add(Direct(self._info(path, "output", refuse_write=reason), tap.number, slot))
+
+    def _raw_fused(self, host: str, tap: Tap, slot: Slot, refresh: Refresh | None = None) -> None:
+        """The whole output of a linear that Hugging Face has in parts."""
+        for path in (path for path, raw in self.raw.items() if raw == host and self.selected(path)):
+            self._add(Direct(self._info(path, "output"), tap.number, slot, refresh))
+
+    def _base_outputs(self) -> None:
+        """The base model returns the final norm's output; vLLM compiles it as a whole, so its own hooks don't fire."""
+        value = views.first_tensor(self.survey.output)
+        found = None if value is None else self._find([value], self.survey.firings[0].end)
+        for path in reversed(self.bases):
+            if found is not None:
+                self._add_value(path, "output", found, structure="tuple")
+
+    # -- taps, slots and infos
+
+    def _tap(self, host: str, before: bool, read: list[Source], write: list[Source], **more: Any) -> Tap:
+        tap = Tap(self.numbers, host, before, read, write, **more)
+        self.numbers += 1
+        self.taps.append(tap)
+        return tap
+
+    def _hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[Slot]:
+        slots = [self._slot(first + i, value) for i, value in enumerate(values)]
+        self.held += [Held(tap, slot, value, since) for slot, value in zip(slots, values, strict=True)]
+        return slots
+
+    def _slot(self, index: int, value: Tensor) -> Slot:
+        return Slot(index, batched=value.shape[0] == 1 and value.ndim > 1)
+
+    def _find(self, values: list[Tensor], now: int) -> tuple[Tap, list[Slot]] | None:
+        """Slots of the last tap where the values still lie, untouched."""
+        if not self.taps:
+            return None
+        slots = []
+        for value in values:
+            held = next((h for h in self.held if h.tap is self.taps[-1] and is_same(h.value, value)), None)
+            if held is None or not self.survey.is_untouched(value, held.since, now):
+                return None
+            slots.append(held.slot)
+        return self.taps[-1], slots
+
+    def _since(self, value: Tensor, now: int) -> int:
+        """When the value was made, as far as a tap holds it; else now."""
+        return next((h.since for h in reversed(self.held) if is_same(h.value, value) and h.since < now), now)
+
+    def _argument(self, firing: Firing) -> Source:
+        where = firing.tensors()[0][0]
+        return Source("argument" if isinstance(where, int) else "keyword", where)
+
+    def _is_rows(self, value: Tensor) -> bool:
+        rows = value.shape[1] if value.ndim > 1 and value.shape[0] == 1 else value.shape[0]
+        return rows == self.survey.num_tokens
+
+    def _structure(self, part: Part) -> Literal["tensor", "tuple"]:
+        return "tuple" if part.path in self.blocks or views.returns_tuple(part.module) else "tensor"
+
+    def _add_argument(
+        self, part: Part, tap: Tap, given: Slot, output: Slot, apply: Apply, shared: bool, refresh: Refresh | None = None
+    ) -> None:
+        reason = _input_refusal(part.module)
+        if reason:
+            self.refusals[f"{part.path}.input"] = reason
+            return
+        inplace = SHARED_INPUT.format(path=part.path) if shared else ""
+        info = self._info(part.path, "input", refuse_inplace=inplace)
+        self._add(Argument(info, tap.number, given, output, apply, refresh))
+
+    def _add_value(self, path: str, port: Port, place: tuple[Tap, list[Slot]], **more: Any) -> None:
+        tap, slots = place
+        info = self._info(path, port, **more)
+        site = Direct(info, tap.number, slots[0]) if len(slots) == 1 else Stream(info, tap.number, *slots)
+        self._add(site)
+
+    def _add(self, site: Site) -> None:
+        if self.selected(site.info.path):
+            self.sites.append(site)
+
+    def _info(self, path: str, port: Port, **more: Any) -> SiteInfo:
+        return SiteInfo(f"{path}.{port}", path, port, len(self.sites), (), "", **more)
+
+    def _refuse(self, path: str, reason: str) -> None:
+        self.refusals |= {f"{path}.{port}": reason for port in ("input", "output")}
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    return getattr(module, "embed_scale", None) is not None
+
+
+def _input_refusal(module: nn.Module) -> str:
+    """Why a module's input can't be had in Hugging Face's terms, empty where it can."""
+    names = module.forward.__code__.co_varnames if hasattr(module.forward, "__code__") else ()
+    if len(names) > 1 and names[1] == "attention_mask":
+        return "Hugging Face passes an attention mask here, which vLLM doesn't have"
+    return ""

@@ -1,0 +1,178 @@
+"""What a request has to send home: saved values, logs, and how it ended.
+
+A saved tensor is copied when it's saved. A saved list or dict is followed: at the end of a step it's compared with what
+the other side has, and only what a list gained is sent where nothing else changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.graph.results import (
+    Delta,
+    DictValue,
+    DtypeValue,
+    Failure,
+    ListValue,
+    Saved,
+    TensorValue,
+    TupleValue,
+    Value,
+)
+from nnsight_vllm.graph.wire import encode_delta
+
+_UNSENT = object()
+
+
+class Outbox:
+    """One request's results since the last time they were sent."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._followed: dict[str, Followed] = {}
+        self._changed: set[int] = set()  # storages that in-place operations touched
+        self._logs: list[str] = []
+        self.stopped = False
+        self.keep_token = True
+        self.failure: Failure | None = None
+
+    def save(self, name: str, value: Any) -> None:
+        """A tensor as it is now; a list or dict from now on."""
+        if isinstance(value, list | dict):
+            self._values.pop(name, None)
+            if name not in self._followed or self._followed[name].value is not value:
+                self._followed[name] = Followed(name, value)
+        else:
+            self._followed.pop(name, None)
+            self._values[name] = frozen_copy(value)
+
+    def log(self, text: str) -> None:
+        self._logs.append(text)
+
+    def changed(self, value: Any) -> None:
+        """A tensor that an in-place operation changed; saved containers may hold it."""
+        if self._followed and isinstance(value, Tensor):
+            self._changed.add(value.untyped_storage().data_ptr())
+
+    def stop(self, keep_token: bool) -> None:
+        self.stopped, self.keep_token = True, keep_token
+
+    def fail(self, failure: Failure, keep_token: bool) -> None:
+        self.failure, self.keep_token = failure, keep_token
+
+    def take(self) -> bytes | None:
+        """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
+        try:
+            delta = self._delta()
+        except Exception as error:
+            failure = Failure(type(error).__name__, f"a saved value can't be sent: {error}")
+            delta = Delta(failure=failure, keep_token=self.keep_token)
+        self._clear()
+        return None if delta == Delta() else encode_delta(delta)
+
+    def _delta(self) -> Delta:
+        saves = [Saved(name, encode_value(value)) for name, value in self._values.items()]
+        for followed in self._followed.values():
+            if (saved := followed.take(self._changed)) is not None:
+                saves.append(saved)
+        return Delta(saves, self._logs, self.stopped, self.keep_token, self.failure)
+
+    def _clear(self) -> None:
+        self._values, self._logs, self._changed = {}, [], set()
+        self.stopped, self.keep_token, self.failure = False, True, None
+
+
+class Followed:
+    """A saved container and a snapshot of what was sent of it."""
+
+    def __init__(self, name: str, value: list[Any] | dict[Any, Any]) -> None:
+        self.name = name
+        self.value = value
+        self._sent: Any = _UNSENT
+
+    def take(self, changed: set[int]) -> Saved | None:
+        """What has to be sent; None if the other side has it all."""
+        sent, value = self._sent, self.value
+        if _is_same(sent, value, changed):
+            return None
+        self._sent = _snapshot(value)
+        if isinstance(value, list) and isinstance(sent, list) and _is_same(sent, value[: len(sent)], changed):
+            return Saved(self.name, ListValue([encode_value(item) for item in value[len(sent) :]]), append=True)
+        return Saved(self.name, encode_value(value))
+
+
+def frozen_copy(value: Any) -> Any:
+    """A copy that later operations can't change. Lists and dicts inside are copied too."""
+    match value:
+        case Tensor():
+            return value.detach().clone()
+        case torch.Size():
+            return tuple(value)
+        case list():
+            return [frozen_copy(item) for item in value]
+        case tuple():
+            return tuple(frozen_copy(item) for item in value)
+        case dict():
+            return {key: frozen_copy(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def encode_value(value: Any) -> Value:
+    """A value as it travels. Raises TypeError for what can't."""
+    match value:
+        case Tensor():
+            return _encode_tensor(value)
+        case list():
+            return ListValue([encode_value(item) for item in value])
+        case tuple():
+            return TupleValue([encode_value(item) for item in value])
+        case dict():
+            return DictValue([(encode_value(key), encode_value(item)) for key, item in value.items()])
+        case torch.dtype():
+            return DtypeValue(str(value).removeprefix("torch."))
+        case int() if not -(2**63) <= value < 2**64:
+            raise TypeError(f"an integer of {value.bit_length()} bits")
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            raise TypeError(f"a {type(value).__name__} can't leave the engine")
+
+
+def _encode_tensor(tensor: Tensor) -> TensorValue:
+    host = tensor.detach().cpu().contiguous()
+    flat = (torch.view_as_real(host) if host.is_complex() else host).reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return TensorValue(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+
+def _snapshot(value: Any) -> Any:
+    """The structure with the tensors themselves as leaves: they are compared by identity."""
+    match value:
+        case list():
+            return [_snapshot(item) for item in value]
+        case tuple():
+            return tuple(_snapshot(item) for item in value)
+        case dict():
+            return {key: _snapshot(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _is_same(sent: Any, value: Any, changed: set[int]) -> bool:
+    if type(sent) is not type(value) and not (isinstance(sent, tuple) and isinstance(value, tuple)):
+        return False
+    match value:
+        case Tensor():
+            return sent is value and value.untyped_storage().data_ptr() not in changed
+        case list() | tuple():
+            return len(sent) == len(value) and all(map(lambda a, b: _is_same(a, b, changed), sent, value))
+        case dict():
+            return list(sent) == list(value) and all(_is_same(sent[key], value[key], changed) for key in value)
+        case float():
+            return bool(sent == value) or (sent != sent and value != value)
+        case _:
+            return bool(sent == value)

@@ -1,0 +1,84 @@
+"""vLLM's schedulers, with one rule more: a prompt that carries a graph is computed whole, in one step.
+
+When what is left of a step's token budget can't take such a prompt, it waits, and whoever came after it waits too:
+first come first served stays true, and since the running ones end, its turn comes. Without graphs around, scheduling
+is vLLM's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
+
+from nnsight_vllm.engine.compat import graph_of
+from nnsight_vllm.errors import EngineSettingError
+
+
+class WholePrompts:
+    """Mixed in before a vLLM scheduler: keeps requests out of the waiting queue for the length of one `schedule`."""
+
+    waiting: Any
+    running: list[Any]
+    max_num_scheduled_tokens: int
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        held = self._hold_back()
+        try:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for request in held:
+                self.waiting.add_request(request)
+
+    def _hold_back(self) -> list[Any]:
+        """Take the first graph's prompt that doesn't fit, and all behind it, out of the queue; in queue order."""
+        first = self._first_too_long() if any(map(_has_graph, self.waiting)) else None
+        if first is None:
+            return []
+        order = list(self.waiting)
+        held = order[order.index(first) :]
+        self.waiting.remove_requests(held)
+        return held
+
+    def _first_too_long(self) -> Any | None:
+        budget = self.max_num_scheduled_tokens - sum(map(_missing, self.running))
+        for request in self.waiting:
+            missing = _missing(request)
+            if missing > budget and self._is_worth_waiting(request, missing):
+                return request
+            budget -= missing
+        return None
+
+    def _is_worth_waiting(self, request: Any, missing: int) -> bool:
+        """Not for what no step can take, nor for an evicted request: the worker fails those."""
+        return _has_graph(request) and missing <= self.max_num_scheduled_tokens and request.num_preemptions == 0
+
+
+class SyncScheduler(WholePrompts, VllmScheduler):
+    """vLLM's scheduler, prompts with graphs whole."""
+
+
+class AsyncScheduler(WholePrompts, VllmAsyncScheduler):
+    """vLLM's scheduler for asynchronous scheduling, prompts with graphs whole."""
+
+
+def Scheduler(**kwargs: Any) -> SyncScheduler | AsyncScheduler:
+    """The scheduler for an engine's configuration; this is what `scheduler_cls` names."""
+    config = kwargs["vllm_config"].scheduler_config
+    if config.long_prefill_token_threshold > 0:
+        raise EngineSettingError(
+            f"long_prefill_token_threshold={config.long_prefill_token_threshold}: it would cut prompts with graphs"
+        )
+    return AsyncScheduler(**kwargs) if config.async_scheduling else SyncScheduler(**kwargs)
+
+
+def _has_graph(request: Any) -> bool:
+    return graph_of(request.sampling_params) is not None
+
+
+def _missing(request: Any) -> int:
+    """Tokens that a step computes of this request at most: all that aren't computed yet."""
+    placeholders: int = request.num_output_placeholders
+    tokens: int = request.num_tokens_with_spec - request.num_computed_tokens
+    return max(tokens + placeholders, 0)

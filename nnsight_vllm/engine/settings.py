@@ -1,0 +1,61 @@
+"""Which engine settings graphs support: everything else is refused before the engine starts, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from nnsight_vllm.errors import EngineSettingError
+
+Sites = str | Sequence[str]
+
+_ENV_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+def _above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+_REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "tensor_parallel_size": (_above_one, "tensor parallelism isn't supported yet"),
+    "pipeline_parallel_size": (_above_one, "pipeline parallelism isn't supported yet"),
+    "data_parallel_size": (_above_one, "data parallelism isn't supported yet"),
+    "prefill_context_parallel_size": (_above_one, "context parallelism isn't supported yet"),
+    "decode_context_parallel_size": (_above_one, "context parallelism isn't supported yet"),
+    "speculative_config": (bool, "speculative decoding isn't supported yet"),
+    "spec_method": (bool, "speculative decoding isn't supported yet"),
+    "spec_model": (bool, "speculative decoding isn't supported yet"),
+    "enable_lora": (bool, "LoRA isn't supported yet"),
+    "enable_dbo": (bool, "running a step as micro-batches isn't supported yet"),
+    "kv_sharing_fast_prefill": (bool, "it leaves out rows of the prompt in the later layers"),
+    "long_prefill_token_threshold": (bool, "it would cut prompts that a graph needs whole"),
+    "skip_tokenizer_init": (bool, "prompts are measured in tokens before they are sent"),
+    "worker_cls": (bool, "the package brings its own worker"),
+    "scheduler_cls": (bool, "the package brings its own scheduler"),
+}
+
+
+def check_arguments(arguments: dict[str, object]) -> None:
+    """Raise `EngineSettingError` naming the first setting that graphs don't support."""
+    for name, (is_refused, reason) in _REFUSED.items():
+        if is_refused(arguments.get(name)):
+            raise EngineSettingError(f"{name}={arguments[name]!r}: {reason}")
+    if arguments.get("runner", "auto") not in {"auto", "generate"}:
+        raise EngineSettingError(f"runner={arguments['runner']!r}: only generating models take graphs")
+    if os.environ.get(_ENV_RUNNER, "0") not in {"", "0"}:
+        raise EngineSettingError(f"{_ENV_RUNNER}={os.environ[_ENV_RUNNER]}: the V2 model runner isn't supported yet")
+
+
+def engine_arguments(arguments: dict[str, object], sites: Sites) -> dict[str, object]:
+    """vLLM's arguments with our worker and scheduler in place."""
+    check_arguments(arguments)
+    os.environ[_ENV_RUNNER] = "0"  # where Triton is present vLLM would choose its V2 runner
+    extra = arguments.get("additional_config") or {}
+    if not isinstance(extra, dict):
+        raise EngineSettingError(f"additional_config must be a dict, got {type(extra).__name__}")
+    return {
+        **arguments,
+        "worker_cls": "nnsight_vllm.engine.worker.Worker",
+        "scheduler_cls": "nnsight_vllm.engine.scheduler.Scheduler",
+        "additional_config": {**extra, "nnsight_vllm": {"sites": sites if isinstance(sites, str) else sorted(sites)}},
+    }

@@ -1,0 +1,98 @@
+"""vLLM's worker with sites in its model: named as `worker_cls`, so an engine that doesn't ask for it is untouched.
+
+Sites are put into the model after it's loaded and before it's compiled; one probing forward of our own after that
+says what they are. The methods named `nnsight_*` are called from the front end, between steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from nnsight_vllm.engine import compat, taps
+from nnsight_vllm.engine.calls import Calls
+from nnsight_vllm.engine.draws import draw_sites
+from nnsight_vllm.engine.executor import Executor, SiteTable
+from nnsight_vllm.engine.instrument import Instrumented, instrument
+from nnsight_vllm.engine.store import Store
+from nnsight_vllm.graph.catalogue import Catalogue
+from nnsight_vllm.graph.check import check
+from nnsight_vllm.plan.program import ProgramCache
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = compat.worker_base()
+
+
+class Worker(_Base):
+    """One process with a model in which requests may carry graphs."""
+
+    instrumented: Instrumented
+    catalogue: Catalogue
+    seam: compat.Seam
+    executor: Executor
+
+    def init_device(self) -> None:
+        compat.require_supported(self.vllm_config)
+        super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        sites = compat.settings_of(self.vllm_config)["sites"]
+        self.instrumented = instrument(self.model_runner.get_model(), self.vllm_config, sites)
+        compat.salt_compile_cache(self.vllm_config, self.instrumented.fingerprint)
+        self.seam = compat.Seam(self.model_runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self._start()
+        return times
+
+    def nnsight_catalogue(self) -> bytes:
+        """The model's modules and sites, as a msgpack `Catalogue`."""
+        return msgspec.msgpack.encode(self.catalogue)
+
+    def nnsight_put(self, files: list[bytes]) -> None:
+        """Take constants: safetensors bytes, each with one tensor named `tensor`."""
+        self.executor.store.put(files)
+
+    def nnsight_drop(self, digests: list[str]) -> None:
+        """Forget constants."""
+        self.executor.store.drop(digests)
+
+    def nnsight_store(self) -> bytes:
+        """Numbers of the store: `bytes`, `count`, `received_bytes`."""
+        return msgspec.msgpack.encode(self.executor.store.info())
+
+    def nnsight_integrity(self, live: list[str]) -> bytes:
+        """What is left over, as a msgpack list of lines, when only the requests `live` haven't ended.
+
+        The engine tells its worker of ended requests with the next step only, so those are dropped here first.
+        """
+        known = self.seam.known_requests
+        ended = [id for id in self.executor.requests if id not in live and id in known]
+        self.executor.drop(ended)
+        return msgspec.msgpack.encode(self.executor.leftovers(known))
+
+    def _start(self) -> None:
+        """Learn the sites from one forward, then be ready for graphs."""
+        logits: list[torch.Tensor] = []
+        found = self.instrumented.probe(lambda: logits.append(compat.probing_forward(self.model_runner)))
+        dtype = str(logits[-1].dtype).removeprefix("torch.")
+        order = 1 + max((site.order for site in found.sites), default=-1)
+        draws = draw_sites(order, logits[-1].shape[-1], dtype)
+        self.catalogue = catalogue = msgspec.structs.replace(
+            found, sites=[*found.sites, *(site.info for site in draws)], vocab_size=logits[-1].shape[-1]
+        )
+        table = SiteTable(
+            sites={**self.instrumented.sites, **{site.info.name: site for site in draws}},
+            orders={info.name: info.order for info in catalogue.sites},
+            calls=Calls(self.instrumented),
+            active=taps.ACTIVE,
+        )
+        programs = ProgramCache(lambda graph: check(graph, catalogue))
+        self.executor = Executor(table, programs, Store(self.device), self.device)
+        self.seam.executor = self.executor

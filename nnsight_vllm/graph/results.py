@@ -1,0 +1,69 @@
+"""What comes home from the worker: saved values, logs, a stop, a failure; one delta a step.
+
+Tensors are raw little-endian bytes with dtype and shape. A saved container is sent in pieces: `append` extends the list
+that was sent before under the same name.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+from msgspec import Struct
+
+
+class TensorValue(Struct, frozen=True, tag="tensor"):
+    """A contiguous tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class ListValue(Struct, frozen=True, tag="list"):
+    items: "list[Value]"
+
+
+class TupleValue(Struct, frozen=True, tag="tuple"):
+    items: "list[Value]"
+
+
+class DictValue(Struct, frozen=True, tag="dict"):
+    items: "list[tuple[Value, Value]]"
+
+
+class DtypeValue(Struct, frozen=True, tag="dtype"):
+    name: str
+
+
+Value = Union[TensorValue, ListValue, TupleValue, DictValue, DtypeValue, None, bool, int, float, str]
+
+
+class Saved(Struct, frozen=True):
+    """The value saved under `name`; with `append`, items to add to the list sent before."""
+
+    name: str
+    value: Value
+    append: bool = False
+
+
+class Failure(Struct, frozen=True):
+    """Why a graph failed. `kind` is the error's class name, `node` the id of the node it happened at."""
+
+    kind: str
+    message: str
+    node: int | None = None
+    retryable: bool = False
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
+    """What one step of one request sends home.
+
+    `stopped` ends the request. `keep_token` says whether the step's sampled token still belongs to the request:
+    false when it stopped or failed before its `samples` site of this iteration.
+    """
+
+    saves: list[Saved] = []
+    logs: list[str] = []
+    stopped: bool = False
+    keep_token: bool = True
+    failure: Failure | None = None

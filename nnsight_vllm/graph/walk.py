@@ -1,0 +1,38 @@
+"""Every node of a block, inner blocks included, in program order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nnsight_vllm.graph.nodes import Block, Cond, Const, Iterations, Loop, Node, Op, Write
+
+
+def nodes_of(block: Block) -> Iterator[Node]:
+    """The block's nodes, each followed by those inside it."""
+    for node in block.nodes:
+        yield node
+        for inner in blocks_of(node):
+            yield from nodes_of(inner)
+
+
+def blocks_of(node: Node) -> list[Block]:
+    """The blocks inside a node."""
+    match node:
+        case Cond():
+            return [node.then, node.orelse]
+        case Loop() | Iterations():
+            return [node.body]
+        case _:
+            return []
+
+
+def constants_of(block: Block) -> frozenset[str]:
+    """Digests of the tensors that a block names."""
+    return frozenset(node.digest for node in nodes_of(block) if isinstance(node, Const))
+
+
+def sites_written(block: Block) -> frozenset[str]:
+    """Names of the sites that a block changes."""
+    nodes = list(nodes_of(block))
+    assigned = {node.site for node in nodes if isinstance(node, Write)}
+    return frozenset(assigned | {node.writes for node in nodes if isinstance(node, Op) and node.writes is not None})

@@ -1,0 +1,124 @@
+"""`VLLM`: a model served by vLLM, whose insides can be read and edited while it runs."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from nnsight_vllm.engine.settings import Sites, check_arguments
+from nnsight_vllm.trace.envoy import Envoy
+from nnsight_vllm.trace.tracer import Tracer
+from nnsight_vllm.trace.tree import Tree
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from nnsight_vllm.engine.front import Engine
+
+
+class _Start:
+    """Starts the engine when it is first needed, once, whichever thread asks."""
+
+    def __init__(self, model: str, sites: Sites, arguments: dict[str, Any]) -> None:
+        self._model, self._sites, self._arguments = model, sites, arguments
+        self._running: Engine | None = None
+        self._lock = threading.Lock()
+
+    def engine(self) -> Engine:
+        with self._lock:
+            if self._running is None:
+                from nnsight_vllm.engine.front import Engine
+
+                self._running = Engine(self._model, dict(self._arguments), self._sites)
+            return self._running
+
+    def close(self) -> None:
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            running.close()
+
+
+class VLLM(Envoy):
+    """A vLLM engine with Hugging Face's module tree.
+
+    `arguments` are any of `vllm.LLM`. The engine starts at first use, or at once with `dispatch=True`. `sites` says
+    which modules are instrumented: "all", "blocks" (decoder blocks, embeddings, final norm and head), or patterns of
+    module paths; logits and samples always are.
+    """
+
+    def __init__(self, model: str, *, sites: Sites = "all", dispatch: bool = False, **arguments: Any) -> None:
+        check_arguments(arguments)
+        self.__dict__.update(_path="", _start=_Start(str(model), sites, arguments))
+        if dispatch:
+            _ = self._engine
+
+    # -- running ---------------------------------------------------------------------------------------------------------
+
+    def trace(self, *inputs: object, **arguments: object) -> Tracer:
+        """Record interventions in a `with` block, and run them when it ends.
+
+        With a prompt the trace is one request; without, each `tracer.invoke(prompt)` is one, and the engine batches
+        them. `arguments` are vLLM's sampling parameters.
+        """
+        return Tracer(self._engine, inputs, arguments)
+
+    def generate(self, *inputs: object, **arguments: object) -> Tracer:
+        """`trace` by its other name; `max_new_tokens` is `max_tokens`."""
+        return self.trace(*inputs, **arguments)
+
+    # -- the engine ------------------------------------------------------------------------------------------------------
+
+    @property
+    def llm(self) -> Any:
+        """The `vllm.LLM` underneath, for plain use beside traces."""
+        return self._engine.llm
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if the engine still tracks anything of requests that have ended."""
+        self._engine.check_integrity()
+
+    def close(self) -> None:
+        """End the engine. A later use starts a new one."""
+        self._lazy.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _lazy(self) -> _Start:
+        start: _Start = self.__dict__["_start"]
+        return start
+
+    @property
+    def _engine(self) -> Engine:
+        return self._lazy.engine()
+
+    # -- the tree --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _tree(self) -> Tree:
+        return self._engine.tree
+
+    def get(self, path: str) -> Envoy:
+        """The module at a dotted path, such as `model.layers.5.mlp`."""
+        self._tree.module(path)
+        return Envoy(self._tree, path)
+
+    def __repr__(self) -> str:
+        return self._tree.render()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other

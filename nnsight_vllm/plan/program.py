@@ -1,0 +1,212 @@
+"""Graph -> Program: a tree of blocks becomes a flat tuple of instructions with jumps.
+
+The graph is assumed legal. A program holds no tensors and no state of a request, so it's shared by all requests that
+send the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from nnsight_vllm.graph.nodes import Block, Call, Cond, Const, Graph, Iterations, Loop, Node, Op, Read, Ref, Stop, Write
+from nnsight_vllm.graph.ops import is_inplace
+from nnsight_vllm.graph.walk import nodes_of
+from nnsight_vllm.graph.wire import decode, digest
+from nnsight_vllm.plan.instructions import (
+    At,
+    Branch,
+    End,
+    Free,
+    Halt,
+    Instruction,
+    IterBegin,
+    IterNext,
+    Jump,
+    LoopBegin,
+    LoopNext,
+    Move,
+    Run,
+)
+from nnsight_vllm.plan.liveness import Liveness
+
+SAMPLES = "samples.output"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph, ready to run.
+
+    `constants` are the digests it needs. `changes_values` says that some in-place operation works on a value that is
+    no site: constants must then be copied. `writes_samples` says that it may replace a drawn token.
+    """
+
+    code: tuple[Instruction, ...]
+    constants: frozenset[str]
+    changes_values: bool
+    writes_samples: bool
+
+    def __str__(self) -> str:
+        width = len(str(len(self.code) - 1))
+        return "\n".join(f"{i:{width}}  {instruction}" for i, instruction in enumerate(self.code))
+
+
+def compile_graph(graph: Graph) -> Program:
+    """The program of a legal graph."""
+    nodes = list(nodes_of(graph.body))
+    return Program(
+        code=_Compiler(graph).run(),
+        constants=frozenset(node.digest for node in nodes if isinstance(node, Const)),
+        changes_values=any(isinstance(node, Op) and _changes_value(node) for node in nodes),
+        writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
+    )
+
+
+class ProgramCache:
+    """Programs by the sha256 of their graph's bytes; the least recently used leave first."""
+
+    def __init__(self, check: Callable[[Graph], None], max_programs: int = 512) -> None:
+        self._check = check
+        self._max_programs = max_programs
+        self._programs: OrderedDict[str, Program] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(self, data: bytes) -> Program:
+        """The program of these graph bytes. Raises what decoding and checking raise."""
+        key = digest(data)
+        if key not in self._programs:
+            self._add(key, data)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _add(self, key: str, data: bytes) -> None:
+        graph = decode(data)
+        self._check(graph)
+        self._programs[key] = compile_graph(graph)
+        if len(self._programs) > self._max_programs:
+            self._programs.popitem(last=False)
+
+
+class _Compiler:
+    """Emits instructions in program order; jump targets are filled in once they are known."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.live = Liveness(graph.body)
+        self.code: list[Instruction] = []
+        self.at: At | None = None  # where every path to the next instruction stands
+
+    def run(self) -> tuple[Instruction, ...]:
+        self.block(self.graph.body)
+        self.emit(End())
+        return tuple(self.code)
+
+    def emit(self, instruction: Instruction) -> int:
+        self.code.append(instruction)
+        return len(self.code) - 1
+
+    def label(self) -> int:
+        """The next instruction can be jumped to, so nothing is known about where the request stands."""
+        self.at = None
+        return len(self.code)
+
+    def block(self, block: Block) -> None:
+        for node in block.nodes:
+            self.node(node)
+
+    def node(self, node: Node) -> None:
+        match node:
+            case Cond():
+                self.cond(node)
+            case Loop():
+                self.loop(node)
+            case Iterations():
+                self.iterations(node)
+            case Stop():
+                self.emit(Halt(node.id))
+            case _:
+                if isinstance(node, Read | Write):
+                    self.wait(At(node.site, node.iteration))
+                self.emit(Run(node, self.dead_after(node)))
+
+    def wait(self, at: At) -> None:
+        if at != self.at:
+            self.emit(at)
+            self.at = at
+
+    def cond(self, node: Cond) -> None:
+        branch = self.emit(Branch(node.id, node.test, 0))
+        before = self.at
+        self.block(node.then)
+        self.leave(node.outs, node.then)
+        jump = self.emit(Jump(0))
+        self.patch(branch, self.label())
+        self.at = before
+        self.block(node.orelse)
+        self.leave(node.outs, node.orelse)
+        self.patch(jump, self.label())
+        self.free(node)
+
+    def loop(self, node: Loop) -> None:
+        self.emit(LoopBegin(node.id, node.over))
+        if node.carried:
+            self.emit(Move(tuple(node.carried), tuple(node.inits)))
+        top = self.label()
+        head = self.emit(LoopNext(node.item, 0))
+        self.block(node.body)
+        self.leave(node.carried, node.body)
+        self.emit(Jump(top))
+        self.patch(head, self.label())
+        if node.outs:
+            carried = tuple(Ref(id) for id in node.carried)
+            self.emit(Move(tuple(node.outs), carried))
+        self.free(node)
+
+    def iterations(self, node: Iterations) -> None:
+        self.emit(IterBegin(node.start, node.stop, node.step))
+        top = self.label()
+        head = self.emit(IterNext(node.index, 0))
+        self.emit(At(None, None))
+        self.block(node.body)
+        self.emit(Jump(top))
+        self.patch(head, self.label())
+        self.free(node)
+
+    def leave(self, ids: list[int], block: Block) -> None:
+        """End of a block: its values go to `ids`."""
+        free = self.live.at_end(block)
+        if ids or free:
+            self.emit(Move(tuple(ids), tuple(block.yields), free))
+
+    def free(self, node: Node) -> None:
+        if ids := self.dead_after(node):
+            self.emit(Free(ids))
+
+    def dead_after(self, node: Node) -> tuple[int, ...]:
+        """Values to free once the node is done; only some kinds of nodes have a value of their own."""
+        dead = self.live.after[node.id]
+        return dead if isinstance(node, Read | Op | Const | Call) else tuple(id for id in dead if id != node.id)
+
+    def patch(self, index: int, target: int) -> None:
+        match self.code[index]:
+            case Branch() | Jump() as jump:
+                self.code[index] = replace(jump, target=target)
+            case LoopNext() | IterNext() as step:
+                self.code[index] = replace(step, exit=target)
+
+
+def _changes_value(node: Op) -> bool:
+    return node.writes is None and (is_inplace(node.name) or "out" in node.kwargs)
+
+
+def _written_site(node: Node) -> str | None:
+    match node:
+        case Write():
+            return node.site
+        case Op():
+            return node.writes
+        case _:
+            return None

@@ -1,0 +1,101 @@
+"""What a trace needs of an engine: check a prompt, run requests, give outcomes. One implementation runs vLLM here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.trace.tree import Tree
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine takes it. `rows` is its number of tokens; `engine` the engine's own form."""
+
+    rows: int
+    text: str | None
+    engine: Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: `graph` is None for a plain one; `constants` are the digests of the tensors it names."""
+
+    prompt: Prompt
+    sampling: Any
+    graph: bytes | None
+    constants: frozenset[str] = frozenset()
+
+
+@dataclass
+class Completion:
+    """One sample of a request."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: Any = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass
+class Result:
+    """What the engine generated for a request. `text`, `token_ids` and `finish_reason` are those of the first sample."""
+
+    outputs: list[Completion]
+    prompt: str | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> Any:
+        return self.outputs[0].logprobs
+
+
+@dataclass
+class Sample:
+    """What one sample's graph sent home."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    logs: list[str] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a request: `samples` has one entry a sample, in the order of `result.outputs`."""
+
+    result: Result
+    samples: list[Sample]
+
+
+class Backend(Protocol):
+    """An engine as a trace sees it."""
+
+    tree: Tree
+
+    def prompt(self, inputs: tuple[object, ...]) -> Prompt:
+        """The prompt behind the arguments of `trace` or `invoke`. Raises `AdmissionError`."""
+
+    def sampling(self, arguments: dict[str, object]) -> Any:
+        """Checked sampling parameters; has `.max_tokens` and `.n`. Raises `AdmissionError`."""
+
+    def admit(self, request: Request) -> None:
+        """Raise `AdmissionError` if the engine can't take this request."""
+
+    def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
+        """Run all requests together."""

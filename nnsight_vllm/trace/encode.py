@@ -1,0 +1,128 @@
+"""Arguments of recorded operations: from Python values to data, and to their stand-ins on meta tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import EllipsisType
+from typing import TYPE_CHECKING, cast
+
+import safetensors.torch
+import torch
+
+from nnsight_vllm.errors import RefusedError
+from nnsight_vllm.graph.nodes import Arg, Const, Dict, Dots, Dtype, List, Slice, Special, Tuple
+from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.trace import meta
+from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.source import user_line
+
+if TYPE_CHECKING:
+    from nnsight_vllm.trace.recorder import Recorder
+
+_INT64 = 2**63
+
+
+class Constants:
+    """The tensors of one trace, content-addressed: sha256 of safetensors bytes holding one tensor named `tensor`."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytes] = {}
+        self._known: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
+
+    def add(self, tensor: torch.Tensor) -> str:
+        """The tensor's digest; its bytes are taken now, so later changes of the tensor don't matter."""
+        key = (id(tensor), -1 if tensor.is_inference() else tensor._version)
+        if key in self._known and key[1] >= 0:
+            return self._known[key][1]
+        data = safetensors.torch.save({"tensor": tensor.detach().cpu().contiguous()})
+        name = digest(data)
+        self.data[name] = data
+        self._known[key] = (tensor, name)
+        return name
+
+
+class Encoder:
+    """Encodes the arguments of one recorder."""
+
+    def __init__(self, recorder: Recorder, constants: Constants) -> None:
+        self.recorder = recorder
+        self.constants = constants
+
+    def encode(self, value: object) -> Arg:
+        """`value` as data. Raises `RefusedError` for what can't travel."""
+        if isinstance(value, Proxy):
+            return self.recorder.use(value)
+        if isinstance(value, torch.Tensor):
+            return self.recorder.constant(self.constants.add(value))
+        for kind, encode in _KINDS:
+            if isinstance(value, kind):
+                return encode(self, value)
+        return self._foreign(value)
+
+    def items(self, values: object) -> list[Arg]:
+        return [self.encode(value) for value in cast("list[object]", values)]
+
+    def _foreign(self, value: object) -> Arg:
+        if hasattr(value, "__array__") and not callable(value):
+            return self.encode(torch.as_tensor(value))
+        raise RefusedError(f"a graph can't hold {type(value).__name__} {value!r:.60}; {user_line()}")
+
+
+def _number(_: Encoder, value: object) -> Arg:
+    number = cast("float", value)
+    return number if math.isfinite(number) else Special(str(float(number)))
+
+
+def _integer(_: Encoder, value: object) -> Arg:
+    number = int(cast("int", value))
+    if not -_INT64 <= number < _INT64:
+        raise RefusedError(f"the integer {number} doesn't fit 64 bits; {user_line()}")
+    return number
+
+
+def _slice(encoder: Encoder, value: object) -> Arg:
+    part = cast("slice[object, object, object]", value)
+    return Slice(encoder.encode(part.start), encoder.encode(part.stop), encoder.encode(part.step))
+
+
+def _dict(encoder: Encoder, value: object) -> Arg:
+    pairs = cast("dict[object, object]", value).items()
+    return Dict([(encoder.encode(key), encoder.encode(item)) for key, item in pairs])
+
+
+_KINDS: list[tuple[type, Callable[[Encoder, object], Arg]]] = [
+    (type(None), lambda _, value: None),
+    (bool, lambda _, value: bool(value)),
+    (int, _integer),
+    (float, _number),
+    (str, lambda _, value: str(value)),
+    (slice, _slice),
+    (EllipsisType, lambda _, value: Dots()),
+    (torch.dtype, lambda _, value: Dtype(str(value).removeprefix("torch."))),
+    (tuple, lambda encoder, value: Tuple(encoder.items(value))),
+    (list, lambda encoder, value: List(encoder.items(value))),
+    (dict, _dict),
+]
+
+
+def resolve(value: object, variant: int) -> object:
+    """The stand-in of an argument for meta tensors: proxies by their variant, tensors by their shapes."""
+    match value:
+        case Proxy():
+            return value._metas[variant if len(value._metas) > 1 else 0]
+        case torch.Tensor():
+            return meta.of_tensor(value)
+        case tuple():
+            return tuple(resolve(item, variant) for item in value)
+        case list():
+            return [resolve(item, variant) for item in value]
+        case dict():
+            return {key: resolve(item, variant) for key, item in value.items()}
+        case slice():
+            return slice(*(resolve(part, variant) for part in (value.start, value.stop, value.step)))
+        case _:
+            return value
+
+
+__all__ = ["Const", "Constants", "Encoder", "resolve"]

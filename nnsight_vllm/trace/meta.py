@@ -1,0 +1,76 @@
+"""What is known of a value while it is recorded: shapes, dtypes and aliasing, by running each operation on meta tensors.
+
+A meta tensor has a shape and strides but no data, and its views share its storage, so torch itself says whether a
+result is a view of a site (a *place*) or a value of its own. A value recorded where the number of rows isn't fixed
+(a block over iteration 0 and later ones) has two variants, one for the prompt's rows and one for a single row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+
+class Unknown:
+    """A value whose shape depends on data."""
+
+    def __repr__(self) -> str:
+        return "unknown"
+
+
+UNKNOWN: Final = Unknown()
+
+# Operations that look at data, so meta tensors can't run them.
+DATA_DEPENDENT: Final = frozenset(
+    "tensor.item tensor.tolist tensor.nonzero torch.nonzero tensor.masked_select torch.masked_select tensor.unique "
+    "torch.unique tensor.unique_consecutive torch.unique_consecutive tensor.equal tensor.allclose torch.allclose "
+    "tensor.bincount torch.bincount py.int py.float py.bool py.str tensor.histc torch.histc "
+    "torch.tensor tensor.is_nonzero torch.combinations".split()
+)
+
+
+class MetaError(Exception):
+    """The operation fails for shapes or types alone; `__cause__` is torch's own error."""
+
+
+def apply(name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    """The result of one operation on meta values, or `UNKNOWN`. Raises `MetaError` if it can't succeed."""
+    if name in DATA_DEPENDENT or _has_unknown(args) or _has_unknown(tuple(kwargs.values())):
+        return UNKNOWN
+    try:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+    except NotImplementedError:
+        return UNKNOWN
+    except RuntimeError as error:
+        if "meta" in str(error).lower() and "expanded size" not in str(error):
+            return UNKNOWN
+        raise MetaError from error
+    except Exception as error:
+        raise MetaError from error
+
+
+def of_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor like `tensor`."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def storage(value: object) -> int | None:
+    """An identity that all views of one tensor share; None for anything but a tensor."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _has_unknown(values: object) -> bool:
+    match values:
+        case Unknown():
+            return True
+        case tuple() | list():
+            return any(_has_unknown(value) for value in values)
+        case dict():
+            return any(_has_unknown(value) for value in values.values())
+        case slice():
+            return _has_unknown((values.start, values.stop, values.step))
+        case _:
+            return False

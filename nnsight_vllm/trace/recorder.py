@@ -1,0 +1,186 @@
+"""Turns what happens to proxies into the nodes of one request's graph.
+
+One recorder stands behind one invoke. It hands out node ids, knows which block is open, runs every operation on meta
+tensors, and remembers the user's line for each node; `places` knows the sites, `flow` the blocks. After the run it
+holds the saved values, so that every proxy of the invoke finds its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+
+from nnsight_vllm.errors import ControlFlowError, RecordError, RefusedError, ScopeError
+from nnsight_vllm.graph.nodes import Arg, Block, Call, Const, Graph, Log, Node, Op, Ref, Save, Stop
+from nnsight_vllm.graph.ops import OPS, is_inplace
+from nnsight_vllm.trace import meta
+from nnsight_vllm.trace.encode import Constants, Encoder, resolve
+from nnsight_vllm.trace.flow import Flow
+from nnsight_vllm.trace.places import Places
+from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.scope import Scope
+from nnsight_vllm.trace.source import Line, user_line
+from nnsight_vllm.trace.tree import Tree
+
+
+class Recorder:
+    """Records one request's program. `rows` is the number of the prompt's tokens, `max_tokens` the run's length."""
+
+    def __init__(self, tree: Tree, constants: Constants, rows: int, max_tokens: int | None) -> None:
+        self.tree = tree
+        self.max_tokens = max_tokens
+        self.scope = Scope("body", None, user_line())
+        self.lines: dict[int, Line] = {}
+        self.values: dict[str, object] = {}
+        self.state: Literal["recording", "closed", "done"] = "recording"
+        self.pending: RecordError | None = None
+        self.used: set[int] = set()
+        self.replaced: dict[int, Arg] = {}
+        self.places = Places(self, rows, max_tokens)
+        self.flow = Flow(self)
+        self._encoder = Encoder(self, constants)
+        self._slots = 0
+
+    # -- nodes -----------------------------------------------------------------------------------------------------------
+
+    def new_id(self) -> int:
+        """A fresh id, tied to the user's current line."""
+        id = len(self.lines)
+        self.lines[id] = user_line()
+        return id
+
+    def add(self, node: Node) -> None:
+        """Append to the open block. Raises if the invoke is over."""
+        self.require_recording()
+        self.scope.nodes.append(node)
+
+    def encode(self, value: object) -> Arg:
+        """`value` as data. Raises for what can't travel."""
+        return self._encoder.encode(value)
+
+    def constant(self, digest: str) -> Ref:
+        """A reference to a tensor that travels by its digest."""
+        id = self.new_id()
+        self.add(Const(id, digest))
+        return Ref(id)
+
+    def use(self, proxy: Proxy) -> Arg:
+        """A reference to the proxy's value. Raises `ScopeError` if no path leads from it to here."""
+        if proxy._recorder is not self:
+            raise RefusedError(f"a value of another invoke can't be used here; {user_line()}")
+        if proxy._scope is None or proxy._node is None:
+            raise RefusedError(f"tracer.result is known after the run, it can't be computed with; {user_line()}")
+        if not proxy._scope.is_visible():
+            where = "branch" if proxy._scope.kind in {"then", "else"} else "loop"
+            raise ScopeError(f"this value exists only inside the {where} at {proxy._scope.line}; used at {user_line()}")
+        self.used.add(proxy._node)
+        return self.replaced.get(proxy._node, Ref(proxy._node))
+
+    def op(self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> Proxy:
+        """Record one operation. `function` is its local twin, run on meta tensors for shapes and aliasing."""
+        if name not in OPS:
+            raise RefusedError(f"{name} isn't an operation that a graph can hold; {user_line()}")
+        encoded = [self.encode(arg) for arg in args]
+        encoded_kwargs = {key: self.encode(value) for key, value in kwargs.items()}
+        target = _target(name, args, kwargs)
+        writes = self.places.written_by(target) if target is not None else None
+        count = max([1, *(len(proxy._metas) for proxy in _proxies((args, kwargs)))])
+        metas = tuple(self._meta(name, function, args, kwargs, i) for i in range(count))
+        id = self.new_id()
+        self.add(Op(id, name, encoded, encoded_kwargs, writes))
+        return target if target is not None else Proxy(self, id, metas, self.scope)
+
+    def call(self, module: str, value: object) -> Proxy:
+        """Record an ad hoc call of a module."""
+        info = self.tree.module(module)
+        if info.refuse_call:
+            raise RefusedError(f"{module or 'the model'} can't be called: {info.refuse_call}; {user_line()}")
+        encoded = self.encode(value)
+        count = len(value._metas) if isinstance(value, Proxy) else 1
+        metas = tuple(
+            _call_meta(module, info.call_in, info.call_out, info.call_dtype, resolve(value, i)) for i in range(count)
+        )
+        id = self.new_id()
+        self.add(Call(id, module, [encoded]))
+        return Proxy(self, id, metas, self.scope)
+
+    def save(self, proxy: Proxy) -> str:
+        """Send the proxy's value home, as it is here. Returns the name it comes home under."""
+        if proxy._slot == "result":
+            return "result"
+        value = self.use(proxy)
+        name = f"s{self._slots}"
+        self._slots += 1
+        self.add(Save(self.new_id(), name, value))
+        return name
+
+    def log(self, args: tuple[object, ...]) -> None:
+        """Print the arguments at home, with their values."""
+        encoded = [self.encode(arg) for arg in args]
+        self.add(Log(self.new_id(), encoded))
+
+    def stop(self) -> None:
+        """End the request at this point of the program."""
+        self.add(Stop(self.new_id()))
+
+    def graph(self) -> Graph:
+        """What was recorded. Raises what a block that was left early still owes."""
+        if self.pending is not None:
+            raise self.pending
+        if self.scope.kind != "body":
+            raise ControlFlowError(f"the {self.scope.kind} block at {self.scope.line} was never closed")
+        return Graph(Block(list(self.scope.nodes)))
+
+    def require_recording(self) -> None:
+        if self.state != "recording":
+            raise RefusedError(f"this invoke is already recorded; nothing can be added to it; {user_line()}")
+
+    # -- private ---------------------------------------------------------------------------------------------------------
+
+    def _meta(
+        self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], variant: int
+    ) -> object:
+        plain_args, plain_kwargs = resolve(args, variant), resolve(kwargs, variant)
+        assert isinstance(plain_args, tuple) and isinstance(plain_kwargs, dict)
+        try:
+            return meta.apply(name, function, plain_args, plain_kwargs)
+        except meta.MetaError as error:
+            cause = error.__cause__
+            hint = ""
+            if isinstance(cause, IndexError) and "too many indices" in str(cause):
+                hint = " (there is no batch dimension here: a site's value is [tokens, hidden])"
+            bare = name.partition(".")[2]
+            raise RecordError(f"{bare}: {type(cause).__name__}: {cause}{hint}; {user_line()}") from cause
+
+
+def _target(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Proxy | None:
+    """The proxy whose value an operation changes and gives back."""
+    target = kwargs.get("out", args[0] if args and is_inplace(name) else None)
+    return target if isinstance(target, Proxy) else None
+
+
+def _proxies(value: object) -> Iterator[Proxy]:
+    match value:
+        case Proxy():
+            yield value
+        case tuple() | list():
+            for item in value:
+                yield from _proxies(item)
+        case dict():
+            yield from _proxies(list(value.values()))
+        case slice():
+            yield from _proxies((value.start, value.stop, value.step))
+
+
+def _call_meta(module: str, size_in: int | None, size_out: int | None, dtype: str, value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return meta.UNKNOWN
+    shape = [*value.shape, size_out or 0]
+    if size_in is not None:
+        if value.ndim == 0 or value.shape[-1] != size_in:
+            raise RecordError(f"{module} takes [..., {size_in}], got {list(value.shape)}; {user_line()}")
+        shape = [*value.shape[:-1], size_in if size_out is None else size_out]
+    own: torch.dtype = getattr(torch, dtype) if dtype else value.dtype
+    return torch.empty(shape, dtype=own, device="meta")

@@ -1,0 +1,44 @@
+"""The user's line behind what is being recorded."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+_TORCH = str(Path(torch.__file__).resolve().parent)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the user's code."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        text = linecache.getline(self.file, self.number).strip()
+        return f"{self.file}:{self.number}" + (f": {text}" if text else "")
+
+
+def user_frame() -> FrameType:
+    """The innermost frame outside of this package, torch and einops."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame or sys._getframe(1)
+
+
+def user_line() -> Line:
+    """The line that `user_frame` stands at."""
+    frame = user_frame()
+    return Line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith((_PACKAGE, _TORCH)) or "/einops/" in file or file.startswith("<frozen")

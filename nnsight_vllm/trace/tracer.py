@@ -1,0 +1,234 @@
+"""`with model.trace(...)`: record the block, run its requests, put the saved values into the user's names."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from nnsight_vllm.errors import InterventionError, NNsightError, PreemptedError, RefusedError
+from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.nodes import Graph
+from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.graph.text import render
+from nnsight_vllm.graph.walk import constants_of
+from nnsight_vllm.graph.wire import encode, to_json
+from nnsight_vllm.trace import active
+from nnsight_vllm.trace.backend import Backend, Outcome, Prompt, Request
+from nnsight_vllm.trace.block import Body, SkipBody, prepare
+from nnsight_vllm.trace.cond import CondBlock
+from nnsight_vllm.trace.deliver import deliver
+from nnsight_vllm.trace.dispatch import Dispatch
+from nnsight_vllm.trace.encode import Constants
+from nnsight_vllm.trace.iterations import IterationBlock, Iterations
+from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.source import user_frame, user_line
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class Recording:
+    """A `with` block that records: runs it natively, or rewritten where its control flow needs that."""
+
+    _body: Body | None = None
+    _frame: FrameType
+
+    def _enter_block(self) -> None:
+        self._frame = user_frame()
+        self._body = prepare(self._frame)
+        if self._body is not None:
+            self._body.skip(self._frame)
+
+    def _leave_block(self, kind: type[BaseException] | None) -> bool:
+        """Run the rewritten body if the native one was skipped. Returns whether the block ended well."""
+        if self._body is not None and kind is not None and issubclass(kind, SkipBody):
+            self._body.run(Dispatch())
+            return True
+        return kind is None
+
+
+class Invoke(Recording):
+    """One request of a trace: its prompt, its sampling, its graph."""
+
+    def __init__(self, tracer: Tracer, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
+        backend = tracer.backend
+        self.tracer = tracer
+        self.prompt: Prompt = backend.prompt(inputs)
+        self.sampling = backend.sampling(arguments)
+        self.recorder = Recorder(backend.tree, tracer.constants, self.prompt.rows, self.sampling.max_tokens)
+        self.graph: Graph | None = None
+
+    def __enter__(self) -> Invoke:
+        active.push(self.recorder)
+        try:
+            self._enter_block()
+        except BaseException:
+            active.pop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            if not self._leave_block(kind):
+                return False
+            self.finish()
+        finally:
+            active.pop()
+        return True
+
+    def finish(self) -> None:
+        """Close the recording and add it to the trace."""
+        self.graph = self.recorder.graph()
+        self.recorder.state = "closed"
+        check(self.graph, self.tracer.backend.tree.catalogue)
+        self.tracer.backend.admit(self.request())
+        self.tracer.invokes.append(self)
+
+    def request(self) -> Request:
+        assert self.graph is not None
+        if not self.graph.body.nodes:
+            return Request(self.prompt, self.sampling, None)
+        return Request(self.prompt, self.sampling, encode(self.graph), constants_of(self.graph.body))
+
+
+class Tracer(Recording):
+    """The context of a trace. With a prompt it is one request; without, each `invoke` inside is one."""
+
+    def __init__(self, backend: Backend, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
+        self.backend = backend
+        self.constants = Constants()
+        self.invokes: list[Invoke] = []
+        self.logs: list[str] = []
+        self.iter = Iterations()
+        self._arguments = arguments
+        self._only = Invoke(self, inputs, arguments) if inputs else None
+
+    # -- the block -------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if find_spec("einops") is not None:
+            from nnsight_vllm.trace import einops_backend as _  # einops finds the backend by itself
+        if active.is_recording():
+            raise RefusedError(f"a trace can't be opened inside another one; {user_line()}")
+        if self._only is not None:
+            active.push(self._only.recorder)
+        try:
+            self._enter_block()
+        except BaseException:
+            self._pop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            if not self._leave_block(kind):
+                return False
+            if self._only is not None:
+                self._only.finish()
+        finally:
+            self._pop()
+        self._run()
+        return True
+
+    def _pop(self) -> None:
+        if self._only is not None:
+            active.pop()
+
+    def _run(self) -> None:
+        requests = [invoke.request() for invoke in self.invokes]
+        outcomes = self.backend.run(requests, self.constants.data) if requests else []
+        errors = [
+            error for invoke, outcome in zip(self.invokes, outcomes, strict=True) for error in self._settle(invoke, outcome)
+        ]
+        deliver(self._frame)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup(f"{len(errors)} requests of the trace failed", errors)
+
+    def _settle(self, invoke: Invoke, outcome: Outcome) -> list[InterventionError]:
+        """Give the invoke's proxies their values. Returns what failed."""
+        values, samples = invoke.recorder.values, outcome.samples
+        values["result"] = outcome.result
+        if len(samples) == 1:
+            values.update(samples[0].values)
+        else:
+            names = {name for sample in samples for name in sample.values}
+            values.update({name: [sample.values.get(name) for sample in samples] for name in names})
+        invoke.recorder.state = "done"
+        for line in (line for sample in samples for line in sample.logs):
+            self.logs.append(line)
+            print(line)
+        failures = [sample.failure for sample in samples if sample.failure is not None]
+        return [_error(invoke.recorder, failure) for failure in failures]
+
+    # -- what the block may ask for --------------------------------------------------------------------------------------
+
+    def invoke(self, *inputs: object, **arguments: object) -> Invoke:
+        """One request of this trace; sampling arguments override the trace's."""
+        if self._only is not None:
+            raise RefusedError(f"the trace has a prompt, so it is one request: give prompts to invokes only; {user_line()}")
+        if active.is_recording():
+            raise RefusedError(f"an invoke can't be opened inside another one; {user_line()}")
+        return Invoke(self, inputs, {**self._arguments, **arguments})
+
+    def all(self) -> IterationBlock:
+        """A block that runs at every iteration."""
+        return IterationBlock(slice(None))
+
+    def cond(self, test: object) -> CondBlock:
+        """A block that runs where `test` is true; `.else_()` of it runs otherwise."""
+        return CondBlock(active.current("tracer.cond()"), test)
+
+    def log(self, *args: object) -> None:
+        """Print the arguments when the run is over."""
+        active.current("tracer.log()").log(args)
+
+    def stop(self) -> None:
+        """End the request at this point of the program."""
+        active.current("tracer.stop()").stop()
+
+    @property
+    def result(self) -> Proxy:
+        """What the engine generates: `.text`, `.token_ids`, `.finish_reason`, `.outputs`. Known after the run."""
+        recorder = active.current("tracer.result")
+        proxy = Proxy(recorder, None, (object(),), None)
+        proxy._slot = "result"
+        return proxy
+
+    @property
+    def graph(self) -> GraphView:
+        """What was recorded: of the open invoke, or of the only one."""
+        if active.is_recording():
+            return GraphView(active.current("tracer.graph").graph())
+        graphs = [invoke.graph for invoke in self.invokes if invoke.graph is not None]
+        if len(graphs) != 1:
+            raise RefusedError(f"the trace has {len(graphs)} invokes: ask tracer.invokes[i].graph; {user_line()}")
+        return GraphView(graphs[0])
+
+
+class GraphView:
+    """A recorded graph for people: prints one line a node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = graph
+
+    def __str__(self) -> str:
+        return render(self.nodes)
+
+    def to_json(self) -> str:
+        """The graph as JSON."""
+        return to_json(self.nodes)
+
+
+def _error(recorder: Recorder, failure: Failure) -> InterventionError:
+    kind: type[NNsightError] = PreemptedError if failure.kind == "PreemptedError" else InterventionError
+    line = recorder.lines.get(failure.node) if failure.node is not None else None
+    what = (
+        failure.message if failure.kind in {"PreemptedError", "InterventionError"} else f"{failure.kind}: {failure.message}"
+    )
+    error: Any = kind(f"{what}; {line}" if line else what)
+    error.retryable = failure.retryable
+    return error  # type: ignore[no-any-return]

@@ -1,0 +1,180 @@
+"""Run the same reads and edits through vLLM's model with taps and through transformers with hooks.
+
+`Engine` is an in-process `vllm.LLM` whose worker instruments the model; `Reference` the transformers model. Both take
+`edits` (site name -> function of the value [tokens, ...]) and give every site's value, by name, in one prompt's forward.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from nnsight_vllm.engine import taps
+from nnsight_vllm.engine.calls import Calls
+from nnsight_vllm.engine.instrument import Instrumented, instrument
+
+Edit = Callable[[Tensor], Tensor]
+Values = dict[str, Tensor]
+
+_HERE = "nnsight_vllm_parity_worker"
+_INSTRUMENTED: list[Instrumented] = []
+_SELECTION: list[Any] = ["all"]
+
+
+class Worker(CPUWorker):
+    """vLLM's CPU worker, with taps put in right after the weights are loaded."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        runner = self.model_runner
+        done = instrument(runner.get_model(), runner.vllm_config, _SELECTION[0])
+        runner.vllm_config.additional_config = {"nnsight_vllm": done.fingerprint}
+        _INSTRUMENTED.append(done)
+
+
+sys.modules.setdefault(_HERE, sys.modules[__name__])
+
+
+class Engine:
+    """vLLM with taps on one checkpoint, float32."""
+
+    def __init__(self, checkpoint: str, eager: bool = True, selection: Any = "all") -> None:
+        self.owner: Any = sys.modules[_HERE]
+        self.owner._SELECTION[0] = selection
+        self.llm = LLM(
+            checkpoint,
+            dtype="float32",
+            max_model_len=128,
+            max_num_seqs=8,
+            enforce_eager=eager,
+            enable_prefix_caching=False,
+            worker_cls=f"{_HERE}.Worker",
+        )
+        self.instrumented: Instrumented = self.owner._INSTRUMENTED.pop()
+        self.catalogue = self.instrumented.probe(lambda: self.generate([1, 2, 3]))
+        self.calls = Calls(self.instrumented)
+        self.order = [site.name for site in self.catalogue.sites]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def generate(self, *prompts: list[int], max_tokens: int = 1) -> list[list[int]]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [list(out.outputs[0].token_ids) for out in self.llm.generate(given, sampling, use_tqdm=False)]
+
+    def run(self, prompts: list[list[int]], edits: dict[str, Edit], edited: int = 0) -> Values:
+        """Every site's value for prompt number `edited`, with the edits on that prompt's rows alone."""
+        start = sum(len(prompt) for prompt in prompts[:edited])
+        rows = {False: slice(start, start + len(prompts[edited])), True: slice(edited, edited + 1)}
+        values: Values = {}
+        sites = [self.instrumented.sites[name] for name in self.order]
+        for number in {site.tap for site in sites}:
+            served = [site for site in sites if site.tap == number]
+            handler = _handler(served, rows[number in self.instrumented.logits_taps], edits, values)
+            self.owner.taps.ACTIVE[number] = handler
+        try:
+            self.generate(*prompts)
+        finally:
+            taps.ACTIVE.clear()
+        for error in taps.take_failures():
+            raise error
+        return values
+
+
+def _handler(served: list[Any], rows: slice, edits: dict[str, Edit], values: Values) -> taps.Handler:
+    def handle(tensors: taps.Tensors) -> None:
+        for site in served:
+            name = site.info.name
+            value = old = site.read(tensors, rows)
+            if name in edits:
+                value = edits[name](old.clone())
+                site.write(tensors, rows, old, value)
+            values[name] = value.clone()
+
+    return handle
+
+
+class Reference:
+    """transformers on the same checkpoint, float32, with forward hooks."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.fired: list[str] = []
+
+    def run(self, prompt: list[int], edits: dict[str, Edit], names: list[str]) -> Values:
+        """Values of the named sites (those that transformers has), and in `fired` the order they came in."""
+        values: Values = {}
+        self.fired = []
+        handles = []
+        for name in names:
+            path, _, port = name.rpartition(".")
+            if path not in dict(self.model.named_modules()):
+                continue
+            module = self.model.get_submodule(path)
+            keep = _Keep(name, len(prompt), edits.get(name), values, self.fired)
+            if port == "input":
+                handles.append(module.register_forward_pre_hook(keep.input, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(keep.output, with_kwargs=True))
+        try:
+            with torch.no_grad():
+                self.model(torch.tensor([prompt]), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return values
+
+
+class _Keep:
+    def __init__(self, name: str, rows: int, edit: Edit | None, values: Values, fired: list[str]) -> None:
+        self.name, self.rows, self.edit, self.values, self.fired = name, rows, edit, values, fired
+
+    def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], Tensor):
+            return (self._take(args[0]), *args[1:]), kwargs
+        name = next(n for n in ("hidden_states", "input_ids", "position_ids", "x") if kwargs.get(n) is not None)
+        return args, {**kwargs, name: self._take(kwargs[name])}
+
+    def output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._take(output)
+        if isinstance(output, tuple):
+            return (self._take(output[0]), *output[1:])
+        output["last_hidden_state"] = self._take(output["last_hidden_state"])
+        return output
+
+    def _take(self, value: Tensor) -> Tensor:
+        """Note the value as [tokens, ...] and give back what goes on, in transformers' own layout."""
+        plain = value[0] if value.shape[0] == 1 else value
+        turned = plain.ndim == 3 and plain.shape[0] != self.rows and plain.shape[1] == self.rows
+        plain = plain.transpose(0, 1) if turned else plain
+        new = plain if self.edit is None else self.edit(plain.clone())
+        self.values[self.name] = new.clone()
+        self.fired.append(self.name)
+        if self.edit is None:
+            return value
+        back = new.transpose(0, 1) if turned else new
+        return back[None] if value.shape[0] == 1 else back
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference, relative to the largest value (at least one)."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    scale = max(1.0, float(theirs.abs().max()))
+    return float((ours.double() - theirs.double()).abs().max()) / scale

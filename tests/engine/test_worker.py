@@ -1,0 +1,178 @@
+"""The worker in vLLM, with graphs written by hand: what the executor's own tests can't show."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCAB
+from raw_engine import Answer, RawEngine
+from toy import graph, value_of
+
+from nnsight_vllm.graph.nodes import Block, Iterations, Op, Read, Ref, Save, Slice, Tuple, Write
+
+RESIDUAL = "model.layers.1.output"
+PROMPT = [1, 5, 9, 40]
+PUSH = graph(
+    Iterations(
+        0,
+        0,
+        None,
+        1,
+        1,
+        Block([Read(2, RESIDUAL, None), Op(3, "py.iadd", [Ref(2), 3.0], writes=RESIDUAL)]),
+    )
+)
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], str]) -> Iterator[RawEngine]:
+    """A token budget of 64 a step and room for five KV blocks of 32."""
+    checkpoint = tiny_checkpoint("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "async":
+            _schedule_asynchronously(patch)
+        engine = RawEngine(
+            checkpoint,
+            max_model_len=128,
+            max_num_batched_tokens=64,
+            max_num_seqs=4,
+            block_size=32,
+            num_gpu_blocks_override=6,
+        )
+        yield engine
+        assert engine.leftovers() == []
+        engine.close()
+
+
+def _schedule_asynchronously(patch: pytest.MonkeyPatch) -> None:
+    """vLLM turns it off on CPUs; the runner is the same."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(config: Any) -> None:
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config))
+
+
+def saves(answer: Answer) -> dict[str, list[object]]:
+    found: dict[str, list[object]] = {}
+    for delta in answer.deltas:
+        for saved in delta.saves:
+            found.setdefault(saved.name, []).append(value_of(saved.value))
+    return found
+
+
+def plain(ids: list[int], **params: Any) -> tuple[list[int], None, dict[str, Any]]:
+    return (ids, None, params)
+
+
+def test_neighbours_keep_their_tokens_and_an_edit_changes_its_own(engine: RawEngine) -> None:
+    params = {"max_tokens": 6}
+    one, two = engine.generate(plain(PROMPT, **params), plain(PROMPT[::-1], **params))
+    same, edited, other = engine.generate(
+        plain(PROMPT, **params), (PROMPT, PUSH, params), plain(PROMPT[::-1], **params)
+    )
+    assert (same.tokens, other.tokens) == (one.tokens, two.tokens)
+    assert edited.tokens != one.tokens
+    assert edited.tokens == engine.generate((PROMPT, PUSH, params))[0].tokens
+
+
+def test_iterations_cover_the_prompt_once_and_then_one_row_each(engine: RawEngine) -> None:
+    body = Block([Read(2, RESIDUAL, None), Op(3, "py.size", [Ref(2), 0]), Op(4, "py.append", [Ref(0), Ref(3)])])
+    data = graph(Op(0, "py.list"), Save(5, "rows", Ref(0)), Iterations(6, 0, None, 1, 1, body))
+    (answer,) = engine.generate((PROMPT, data, {"max_tokens": 4}))
+    assert saves(answer)["rows"] == [[4], [1], [1], [1]]
+
+
+def test_the_engine_goes_on_from_an_edited_token_and_reports_it(engine: RawEngine) -> None:
+    data = graph(
+        Read(0, "logits.output", 0),
+        Save(1, "logits", Ref(0)),
+        Write(2, "samples.output", 77, 0),
+        Read(3, "model.embed_tokens.input", 1),
+        Save(4, "fed", Ref(3)),
+    )
+    (answer,) = engine.generate((PROMPT, data, {"max_tokens": 3, "logprobs": 2}))
+    found = saves(answer)
+    assert answer.tokens[0] == 77
+    assert found["fed"] == [[77]]
+    (row,) = torch.tensor(found["logits"][0]).log_softmax(-1)
+    reported = answer.output.outputs[0].logprobs[0][77]
+    assert reported.logprob == pytest.approx(row[77].item(), abs=1e-5)
+    assert reported.rank == int((row >= row[77]).sum())
+    assert answer.output.outputs[0].cumulative_logprob == pytest.approx(
+        sum(step[token].logprob for step, token in zip(answer.output.outputs[0].logprobs, answer.tokens, strict=True))
+    )
+
+
+def test_edited_logits_are_what_is_drawn_from_and_reported(engine: RawEngine) -> None:
+    read = Read(0, "logits.output", 0)
+    data = graph(read, Op(1, "py.setitem", [Ref(0), Tuple([Slice(), 88]), 1e4], writes="logits.output"))
+    (answer,) = engine.generate((PROMPT, data, {"max_tokens": 1, "logprobs": 1}))
+    assert answer.tokens == [88]
+    assert answer.output.outputs[0].logprobs[0][88].logprob == pytest.approx(0.0)
+
+
+def test_prompt_logprobs_do_not_fire_the_logits(engine: RawEngine) -> None:
+    body = Block([Read(2, "logits.output", None), Op(3, "py.size", [Ref(2)]), Op(4, "py.append", [Ref(0), Ref(3)])])
+    data = graph(Op(0, "py.list"), Save(5, "shapes", Ref(0)), Iterations(6, 0, 2, 1, 1, body))
+    (answer,) = engine.generate((PROMPT, data, {"max_tokens": 2, "prompt_logprobs": 1}))
+    assert saves(answer)["shapes"] == [[(1, VOCAB)], [(1, VOCAB)]]
+    assert len(answer.output.prompt_logprobs) == len(PROMPT)
+
+
+def test_a_token_outside_the_vocabulary_fails_its_request_only(engine: RawEngine) -> None:
+    bad = graph(Write(0, "samples.output", VOCAB, 0))
+    failed, good = engine.generate((PROMPT, bad, {"max_tokens": 3}), plain(PROMPT, max_tokens=3))
+    assert failed.failures == ["InterventionError"]
+    assert good.tokens == engine.generate(plain(PROMPT, max_tokens=3))[0].tokens
+
+
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
+def test_an_edit_of_the_token_is_refused_under_structured_outputs(engine: RawEngine) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    choice = {"structured_outputs": StructuredOutputsParams(choice=["a", "b"]), "max_tokens": 2}
+    (answer,) = engine.generate((PROMPT, graph(Write(0, "samples.output", 3, 0)), choice))
+    assert answer.failures == ["InterventionError"]
+
+
+def test_prompts_with_graphs_are_computed_whole_and_in_turn(engine: RawEngine) -> None:
+    long = [3 + i % 50 for i in range(40)]
+    params = {"max_tokens": 2}
+    answers = engine.generate(plain(long, **params), (long, PUSH, params), plain(PROMPT, **params))
+    assert [answer.failures for answer in answers] == [[], [], []]
+    assert engine.steps[0] == {0: 40}
+    assert engine.steps[1] == {0: 1, 1: 40, 2: 4}
+
+
+def test_without_graphs_prompts_are_cut_as_ever(engine: RawEngine) -> None:
+    long = [3 + i % 50 for i in range(40)]
+    engine.generate(plain(long, max_tokens=2), plain(long, max_tokens=2))
+    assert engine.steps[0] == {0: 40, 1: 24}
+
+
+def test_an_evicted_request_fails_and_may_be_sent_again(engine: RawEngine) -> None:
+    ids = [3 + i for i in range(30)]
+    params = {"max_tokens": 60}
+    first, evicted = engine.generate(plain(ids, **params), (ids[::-1], PUSH, params))
+    (failure,) = [delta.failure for delta in evicted.deltas if delta.failure]
+    assert (failure.kind, failure.retryable) == ("PreemptedError", True)
+    assert first.tokens == engine.generate(plain(ids, **params))[0].tokens
+
+
+def test_a_prompt_that_no_step_can_take_fails_instead_of_waiting(engine: RawEngine) -> None:
+    (answer,) = engine.generate(([3] * 70, PUSH, {"max_tokens": 2}))
+    assert answer.failures == ["PreemptedError"]
+
+
+def test_state_is_reported_until_its_request_ends(engine: RawEngine) -> None:
+    executor = engine.worker.executor
+    engine.generate((PROMPT, PUSH, {"max_tokens": 1}))
+    assert len(executor.requests) == 1  # the worker hears of the end with the next step
+    assert engine.leftovers() == []
+    assert executor.requests == {}

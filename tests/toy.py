@@ -1,0 +1,156 @@
+"""A model of three layers without a model: sites, taps and steps for the executor, in plain torch.
+
+Layer i adds one to the residual stream, [rows, 4]; `mlp` sites are plain tensors, `output` sites are streams kept as
+hidden + residual. Logits are the last row of the stream, repeated to 8; the drawn token is their argmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP, draw_sites
+from nnsight_vllm.engine.executor import Executor, SiteTable
+from nnsight_vllm.engine.requests import Arrival, Span
+from nnsight_vllm.engine.sites import Direct, Site, Slot, Stream
+from nnsight_vllm.engine.store import Store
+from nnsight_vllm.engine.taps import Handler
+from nnsight_vllm.graph.catalogue import Catalogue, SiteInfo
+from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.nodes import Block, Graph, Node
+from nnsight_vllm.graph.results import (
+    Delta,
+    DictValue,
+    DtypeValue,
+    ListValue,
+    TensorValue,
+    TupleValue,
+    Value,
+)
+from nnsight_vllm.graph.wire import decode_delta, encode
+from nnsight_vllm.plan.program import ProgramCache
+
+LAYERS, HIDDEN, VOCAB = 3, 4, 8
+
+
+def graph(*nodes: Node) -> bytes:
+    return encode(Graph(Block(list(nodes))))
+
+
+def value_of(value: Value) -> object:
+    """What a client makes of a value; tensors as nested lists."""
+    match value:
+        case TensorValue():
+            dtype = getattr(torch, value.dtype)
+            tensor = torch.frombuffer(bytearray(value.data), dtype=dtype) if value.data else torch.empty(0, dtype=dtype)
+            return tensor.reshape(value.shape).tolist()
+        case ListValue():
+            return [value_of(item) for item in value.items]
+        case TupleValue():
+            return tuple(value_of(item) for item in value.items)
+        case DictValue():
+            return {value_of(key): value_of(item) for key, item in value.items}
+        case DtypeValue():
+            return value.name
+        case _:
+            return value
+
+
+class DoubleCalls:
+    """The only module that can be called doubles its argument."""
+
+    def call(self, module_path: str, args: list[Tensor]) -> Tensor:
+        return args[0] * 2
+
+
+@dataclass
+class Toy:
+    """An executor and the steps of an engine around it."""
+
+    silent_taps: frozenset[int] = frozenset()
+    active: dict[int, Handler] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    received: dict[str, list[Delta]] = field(default_factory=dict)
+    saved: dict[str, dict[str, object]] = field(default_factory=dict)
+    seen: dict[int, list[list[list[float]]]] = field(default_factory=dict)  # a tap's tensors after it
+
+    def __post_init__(self) -> None:
+        sites = {site.info.name: site for site in _sites()}
+        infos = [site.info for site in sites.values()]
+        catalogue = Catalogue([], infos, VOCAB, "float32", 64, 64, "all")
+        orders = {info.name: info.order for info in infos}
+        cpu = torch.device("cpu")
+        self.store = Store(cpu)
+        table = SiteTable(sites, orders, DoubleCalls(), self.active)
+        self.executor = Executor(table, ProgramCache(lambda g: check(g, catalogue)), self.store, cpu)
+
+    def add(self, name: str, data: bytes, prompt: int = 2, seed: int = 0) -> None:
+        self.lengths[name] = prompt
+        self.executor.admit(Arrival(name, data, prompt, seed))
+
+    def step(self, **rows: tuple[int, int]) -> dict[str, Tensor]:
+        """One forward: name -> (number of rows, first position). Returns each request's stream and token."""
+        spans, start = [], 0
+        for index, (name, (count, position)) in enumerate(rows.items()):
+            spans.append(Span(name, index, start, start + count, position))
+            start += count
+        self.executor.begin_step(spans)
+        stream = self._forward(start)
+        self.executor.enter_logits()
+        ends = [span.stop - 1 for span in spans]
+        self.logits = stream[ends].repeat(1, VOCAB // HIDDEN)
+        self.executor.at_tap(LOGITS_TAP, (self.logits,))
+        self.tokens = self.logits.argmax(-1, keepdim=True).int()
+        self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
+        for name, data in self.executor.end_step(list(rows)).items():
+            self._receive(name, decode_delta(data))
+        return {span.request_id: stream[span.start : span.stop] for span in spans}
+
+    def run(self, data: bytes, steps: int = 1, prompt: int = 2) -> dict[str, object]:
+        """One request alone; what it saved."""
+        self.add("r", data, prompt)
+        for iteration in range(steps):
+            self.step(r=(prompt, 0) if iteration == 0 else (1, prompt + iteration - 1))
+        return self.saved.get("r", {})
+
+    def failure(self, name: str = "r") -> str:
+        (failure,) = [delta.failure for delta in self.received[name] if delta.failure]
+        return f"{failure.kind}: {failure.message}"
+
+    def _forward(self, rows: int) -> Tensor:
+        hidden, residual = torch.zeros(rows, HIDDEN), torch.zeros(rows, HIDDEN)
+        for layer in range(LAYERS):
+            residual = residual + hidden
+            mlp = torch.ones(rows, HIDDEN)
+            self._tap(2 * layer, (mlp,))
+            hidden = mlp
+            self._tap(2 * layer + 1, (hidden, residual))
+        return hidden + residual
+
+    def _tap(self, tap: int, tensors: tuple[Tensor, ...]) -> None:
+        if tap in self.active and tap not in self.silent_taps:
+            self.active[tap](tensors)
+        self.seen[tap] = [tensor.tolist() for tensor in tensors]
+
+    def _receive(self, name: str, delta: Delta) -> None:
+        self.received.setdefault(name, []).append(delta)
+        values = self.saved.setdefault(name, {})
+        for saved in delta.saves:
+            value = value_of(saved.value)
+            if saved.append:
+                held = values[saved.name]
+                assert isinstance(held, list) and isinstance(value, list)
+                held.extend(value)
+            else:
+                values[saved.name] = value
+
+
+def _sites() -> list[Site]:
+    sites: list[Site] = []
+    for layer in range(LAYERS):
+        mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 2 * layer, (None, HIDDEN), "float32")
+        out = SiteInfo(f"{layer}.out", f"{layer}", "output", 2 * layer + 1, (None, HIDDEN), "float32")
+        sites += [Direct(mlp, 2 * layer, Slot(0)), Stream(out, 2 * layer + 1, Slot(0), Slot(1))]
+    return sites + draw_sites(2 * LAYERS, VOCAB, "float32")
