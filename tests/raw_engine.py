@@ -5,7 +5,6 @@ In this process, so that a test can look at the scheduler and at the rows of eve
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 

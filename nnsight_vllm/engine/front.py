@@ -64,7 +64,7 @@ class Engine:
         named = {_RENAMED.get(name, name): value for name, value in arguments.items()}
         try:
             return SamplingParams(**named)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # vLLM's own checks raise several kinds
             raise AdmissionError(f"bad sampling arguments: {error}; {user_line()}") from None
 
     def admit(self, request: Request) -> None:

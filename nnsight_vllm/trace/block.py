@@ -50,22 +50,113 @@ class Body:
 
     def skip(self, frame: FrameType) -> None:
         """Have the native body skipped. Call it from the context's `__enter__`, last."""
+        assert frame is self._frame
         self._handled = sys.exception()
         self._skip.start()
 
     def run(self, recorder: Recorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""
-        cells = self._cells()
-        locals_before = {name: _contents(cell) for name, cell in self._local(cells).items()}
-        runtime = Runtime(recorder, Bindings(cells, self._frame.f_globals), self._frame.f_code.co_filename)
-        function = self._function(cells)
-        skipped = sys.exception()
+        names = _Names(self._frame, self._built)
+        runtime = Runtime(recorder, names.bindings, self._frame.f_code.co_filename)
+        function, skipped, tracer = names.function(), sys.exception(), sys.gettrace()
         self._skip.restore_frame()
         frames.set_handled(self._handled)
         try:
-            self._skip.restore_thread()
-            function(runtime)
-            sys.settrace(tracer := _pause())
+            try:
+                self._skip.restore_thread()
+                function(runtime)
+            finally:
+                tracer = sys.gettrace()
+                sys.settrace(None)
+                frames.set_handled(skipped)
+                names.write_back()
             runtime.finish()
         finally:
-            ...
+            sys.settrace(tracer)
+
+
+class _Names:
+    """The names of the frame that the rewritten body uses: its live cells, and copies of plain locals in new cells."""
+
+    def __init__(self, frame: FrameType, built: Built) -> None:
+        live, values = frames.cells(frame), frames.names(frame)
+        code = built.code
+        self._frame = frame
+        self._code = code
+        self._copies = {name: values.get(name, UNBOUND) for name in code.co_freevars if name not in live}
+        new = {name: _cell(value) for name, value in self._copies.items()}
+        self._cells = {name: live[name] if name in live else new[name] for name in code.co_freevars}
+        self._bound = built.bound
+        self.bindings = Bindings(self._cells, frame.f_globals)
+
+    def function(self) -> FunctionType:
+        closure = tuple(self._cells[name] for name in self._code.co_freevars)
+        return FunctionType(self._code, self._frame.f_globals, self._frame.f_code.co_name, None, closure)
+
+    def write_back(self) -> None:
+        """Bind the frame's plain locals to what the body left. One that it deleted can't be unbound from outside."""
+        now = self.bindings.get(name for name in self._bound if name in self._copies)
+        changed = {name: value for name, value in now.items() if value is not self._copies[name]}
+        gone = {
+            name: Poison(name, "it was deleted in the block") for name, value in changed.items() if value is UNBOUND
+        }
+        frames.write_names(self._frame, changed | gone)
+
+
+def prepare(frame: FrameType) -> Body | None:
+    """Decide how the block of the `with` that the frame is entering runs. None: natively, `why_native` has the reason.
+
+    Raises `ControlFlowError`, before anything runs, for a block that needs rewriting and can't be.
+    """
+    code = frame.f_code
+    if is_rewritten(code):
+        return None
+    plans, key = _PLANS.setdefault(code, {}), (code.co_filename, frame.f_lasti)
+    if key not in plans:
+        plans[key] = _plan(frame)
+    plan = plans[key]
+    _REASONS[code] = plan.reason
+    return Body(frame, plan.built, plan.lines) if plan.built is not None else None
+
+
+def why_native(frame: FrameType) -> str | None:
+    """Why control flow met in this frame, in a block or in what it calls, isn't rewritten. None: no reason is known."""
+    if is_rewritten(frame.f_code):
+        return None
+    if frame.f_code in _REASONS:
+        return _REASONS[frame.f_code] or None
+    caller = frame.f_back
+    while caller is not None:
+        if is_rewritten(caller.f_code) or caller.f_code in _REASONS:
+            return f"it is in {frame.f_code.co_name!r}, which the block calls; only the block's own lines are rewritten"
+        caller = caller.f_back
+    return None
+
+
+def _plan(frame: FrameType) -> _Plan:
+    located = locate(frame)
+    if isinstance(located, str):
+        return _Plan(None, located)
+    if not needs_rewriting(located.body):
+        return _Plan(None, "no control flow that could be over a value stands in the block itself")
+    if not frames.is_function(frame) and frame.f_locals is not frame.f_globals:
+        return _Plan(None, "the block stands in a class body; put it into a function")
+    if not located.starts_on_new_line():
+        return _Plan(None, "the block starts on the line of its `with`; put it on lines of its own")
+    _refuse_obstacles(located, frame.f_code.co_filename)
+    built = build(located.body, located.statement.lineno, frame.f_code)
+    return _Plan(built, "", (located.first_line, located.last_line))
+
+
+def _refuse_obstacles(located: Located, filename: str) -> None:
+    found = obstacle(located.body)
+    if found is not None:
+        what, line = found
+        raise ControlFlowError(
+            f"{filename}:{line}: `{what}` can't stand in a block that has control flow (if, for, and, or, not, ...): such "
+            "a block is run apart from its function; move it out of the block"
+        )
+
+
+def _cell(value: object) -> CellType:
+    return CellType() if value is UNBOUND else CellType(value)

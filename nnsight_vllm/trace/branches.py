@@ -60,7 +60,9 @@ class Opened:
         inner = next((value.reason for value in (first, second) if isinstance(value, Poison)), None)
         is_partial = first is UNBOUND or second is UNBOUND
         how = "is bound on one path only" if is_partial else "has values that can't be merged on the two paths"
-        return Poison(name, inner or f"it {how} of the {self.place} (first bound there at line {self.lines[name]})", values)
+        return Poison(
+            name, inner or f"it {how} of the {self.place} (first bound there at line {self.lines[name]})", values
+        )
 
 
 class Branch(Opened):
@@ -146,7 +148,9 @@ class Loop(Opened):
         bindings.set(dict(zip(names, carried, strict=True)))
         yield item
         after = self.now()
-        values = [after[name] if self._can_go_on(after[name]) else first for name, first in zip(names, carried, strict=True)]
+        values = [
+            after[name] if self._can_go_on(after[name]) else first for name, first in zip(names, carried, strict=True)
+        ]
         outs = recorder.end_loop(handle, values)
         self.close()
         bindings.set({name: self._last(name, after[name]) for name in self.lines if name not in names})
@@ -174,7 +178,9 @@ class Loop(Opened):
         """What a name holds after the loop that isn't carried: unusable, for there may have been no trip."""
         if after is UNBOUND:
             return UNBOUND
-        reason = f"the {self.place} binds it (line {self.lines[name]}), and may run zero times: bind it before the loop too"
+        reason = (
+            f"the {self.place} binds it (line {self.lines[name]}), and may run zero times: bind it before the loop too"
+        )
         return Poison(name, reason, kept(after))
 
     def _result(self, name: str, first: object, after: object, out: object) -> object:

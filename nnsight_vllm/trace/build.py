@@ -8,12 +8,12 @@ names.
 from __future__ import annotations
 
 import __future__
-
 import ast
 import dis
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import CodeType
 
 from nnsight_vllm.trace.frames import local_names
@@ -59,7 +59,7 @@ def build(block: Sequence[ast.stmt], line: int, caller: CodeType) -> Built:
 def _class_around(qualname: str) -> str:
     """The class whose private names the code uses: the innermost part of its path that isn't a function."""
     parts = qualname.split(".")
-    classes = [part for part, after in zip(parts, parts[1:], strict=False) if "<locals>" not in (part, after)]
+    classes = [part for part, after in pairwise(parts) if "<locals>" not in (part, after)]
     return classes[-1] if classes and classes[-1].isidentifier() else ""
 
 

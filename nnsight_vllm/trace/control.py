@@ -162,7 +162,9 @@ class Runtime:
             self._refuse(f"`{symbol}` over a proxy", line, "use (x == y).any()")
         return _COMPARE[symbol](item, holder)
 
-    def chain(self, symbols: tuple[str, ...], line: int, left: object, right: object, *later: Callable[[], object]) -> object:
+    def chain(
+        self, symbols: tuple[str, ...], line: int, left: object, right: object, *later: Callable[[], object]
+    ) -> object:
         """`a < b < c`: all but the last result have to be known."""
         result = self._compare(symbols[0], left, right, line)
         for symbol, operand in zip(symbols[1:], later, strict=True):

@@ -122,7 +122,7 @@ def resolve(value: object, variant: int) -> object:
         case slice():
             return slice(*(resolve(part, variant) for part in (value.start, value.stop, value.step)))
         case _:
-            return value
+            return meta.of_tensor(torch.as_tensor(value)) if hasattr(value, "__array__") else value
 
 
 __all__ = ["Const", "Constants", "Encoder", "resolve"]

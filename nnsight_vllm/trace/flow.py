@@ -164,9 +164,9 @@ class Flow:
         """A name that carries a value from one iteration to the next would keep its first value: refuse it."""
         for name, now in frames.names(user_frame()).items():
             old = block.names.get(name)
-            if not isinstance(old, Proxy) or old._node not in self.recorder.used or old._recorder is not self.recorder:
+            if type(old) is not Proxy or old._node not in self.recorder.used or old._recorder is not self.recorder:
                 continue
-            if isinstance(now, Proxy) and now is not old and now._scope is block.scope:
+            if type(now) is Proxy and now is not old and now._scope is block.scope:
                 raise ScopeError(
                     f"{name!r} is read and bound anew in the iteration block at {block.scope.line}. The block is recorded once, "
                     f"so {name!r} would start from its first value at each iteration: change it in place ({name} += ...), or "

@@ -14,6 +14,12 @@ from typing import Never, cast
 from nnsight_vllm.errors import ScopeError
 
 _NOT_THE_USERS = frozenset({"nnsight_vllm", "torch", "einops"})
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or"
+_OTHER = """
+    eq ne lt le gt ge neg pos abs invert hash bool len length_hint int float complex index round trunc floor ceil
+    repr str format bytes iter next reversed contains getitem setitem delitem call enter exit await aiter anext
+    setattr delattr copy deepcopy reduce reduce_ex dir array
+"""
 _OPEN = frozenset({"name", "reason", "values"})
 
 
@@ -72,13 +78,8 @@ def _find(values: object) -> object:
 
 def _uses() -> list[str]:
     """Names of the special methods that stand for a use of the value."""
-    binary = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
-    arithmetic = [f"{prefix}{name}" for prefix in ("", "r", "i") for name in binary]
-    text = "repr str format bytes hash bool len length_hint int float complex index round trunc floor ceil".split()
-    compare = "eq ne lt le gt ge neg pos abs invert".split()
-    holder = "iter next reversed contains getitem setitem delitem call enter exit await aiter anext".split()
-    change = "setattr delattr copy deepcopy reduce reduce_ex dir array".split()
-    return [f"__{name}__" for name in arithmetic + text + compare + holder + change]
+    arithmetic = [f"{prefix}{name}" for prefix in ("", "r", "i") for name in _BINARY.split()]
+    return [f"__{name}__" for name in arithmetic + _OTHER.split()]
 
 
 def _raiser() -> Callable[..., Never]:

@@ -32,6 +32,8 @@ _GRADIENTS = frozenset({"backward", "grad", "requires_grad_", "retain_grad", "re
 class Proxy:
     """One recorded value. `_metas` are its shapes: one variant, or two where the number of rows varies."""
 
+    __array_ufunc__ = None  # an array on the left leaves its operators to the proxy
+
     def __init__(self, recorder: Recorder, node: int | None, metas: tuple[object, ...], scope: Scope | None) -> None:
         self._recorder = recorder
         self._node = node

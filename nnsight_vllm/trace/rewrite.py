@@ -103,7 +103,9 @@ class _Expressions(ast.NodeTransformer):
 
     def _defaults(self, arguments: ast.arguments) -> None:
         arguments.defaults = [self.visit(default) for default in arguments.defaults]
-        arguments.kw_defaults = [self.visit(default) if default is not None else None for default in arguments.kw_defaults]
+        arguments.kw_defaults = [
+            self.visit(default) if default is not None else None for default in arguments.kw_defaults
+        ]
 
 
 class _Statements(_Expressions):

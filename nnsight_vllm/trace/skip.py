@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 TraceFunction = Callable[[FrameType, str, Any], Any]
@@ -25,14 +25,14 @@ class Skip:
     def __init__(self, frame: FrameType, first: int, last: int) -> None:
         self._frame = frame
         self._lines = range(first, last + 1)
-        self._thread_trace: TraceFunction | None = None
+        self.thread_trace: TraceFunction | None = None
         self._frame_trace: TraceFunction | None = None
         self._frame_lines = True
         self._is_on = False
 
     def start(self) -> None:
         """Take over the thread's and the frame's trace functions."""
-        self._thread_trace, self._frame_trace = sys.gettrace(), self._frame.f_trace
+        self.thread_trace, self._frame_trace = sys.gettrace(), self._frame.f_trace
         self._frame_lines, self._is_on = self._frame.f_trace_lines, True
         self._frame.f_trace, self._frame.f_trace_lines = self._local, True
         sys.settrace(_ignore_calls)
@@ -42,19 +42,38 @@ class Skip:
         self._frame.f_trace, self._frame.f_trace_lines = self._frame_trace, self._frame_lines
 
     def restore_thread(self) -> None:
-        """Give the thread its trace function back; calls from here on are reported to it."""
+        """Give the thread its trace function back; calls from here on are reported to it.
+
+        One written in C (coverage has one) is told of returns by the interpreter itself, so the calls between the
+        frame and here, which were made while nobody traced, are told to it first.
+        """
         self._is_on = False
-        sys.settrace(self._thread_trace)
+        trace = self.thread_trace
+        sys.settrace(trace)
+        if trace is not None and not isinstance(trace, FunctionType | MethodType):
+            for frame in _frames_below(self._frame, sys._getframe()):
+                trace(frame, "call", None)
 
     def _local(self, frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
         if event == "line" and frame.f_lineno in self._lines:
             raise SkipBody
         if event in {"exception", "return"} and self._is_on:
+            self._is_on = False
             self.restore_frame()
-            self.restore_thread()
+            sys.settrace(self.thread_trace)
             return self._frame_trace
         return self._local
 
 
 def _ignore_calls(frame: FrameType, event: str, argument: Any) -> None:
     return None
+
+
+def _frames_below(outer: FrameType, inner: FrameType) -> list[FrameType]:
+    """The frames that `outer` called to get to `inner`, `inner` last."""
+    found, frame = list[FrameType](), inner
+    while frame is not outer:
+        found.append(frame)
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return found[::-1]

@@ -9,7 +9,7 @@ from checkpoints import VOCAB
 from raw_engine import Answer, RawEngine
 from toy import graph, value_of
 
-from nnsight_vllm.graph.nodes import Block, Iterations, Op, Read, Ref, Save, Slice, Tuple, Write
+from nnsight_vllm.graph.nodes import Block, Call, Iterations, Op, Read, Ref, Save, Slice, Tuple, Write
 
 RESIDUAL = "model.layers.1.output"
 PROMPT = [1, 5, 9, 40]
@@ -115,6 +115,21 @@ def test_edited_logits_are_what_is_drawn_from_and_reported(engine: RawEngine) ->
     (answer,) = engine.generate((PROMPT, data, {"max_tokens": 1, "logprobs": 1}))
     assert answer.tokens == [88]
     assert answer.output.outputs[0].logprobs[0][88].logprob == pytest.approx(0.0)
+
+
+def test_modules_called_ad_hoc_give_what_the_model_gives(engine: RawEngine) -> None:
+    data = graph(
+        Read(0, "model.layers.3.output", 0),
+        Call(1, "model.norm", [Ref(0)]),
+        Call(2, "lm_head", [Ref(1)]),
+        Op(3, "py.getitem", [Ref(2), Slice(-1, None)]),
+        Save(4, "lens", Ref(3)),
+        Read(5, "logits.output", 0),
+        Save(6, "logits", Ref(5)),
+    )
+    (answer,) = engine.generate((PROMPT, data, {"max_tokens": 1}))
+    found = saves(answer)
+    assert torch.allclose(torch.tensor(found["lens"][0]), torch.tensor(found["logits"][0]), atol=1e-4)
 
 
 def test_prompt_logprobs_do_not_fire_the_logits(engine: RawEngine) -> None:

@@ -199,7 +199,7 @@ def test_code_after_a_bounded_block_goes_on_at_its_last_iteration() -> None:
     with model.trace(PROMPT) as tracer:
         with tracer.iter[0:3]:
             _ = model.model.layers[0].output
-        model.model.layers[1].output.save()
+        model.model.layers[1].output[0].save()
     assert lines(model)[-2] == "%3 = read model.layers.1.output @2"
 
 

@@ -1,0 +1,29 @@
+from types import SimpleNamespace
+
+import pytest
+import vllm
+
+from nnsight_vllm.engine import compat
+from nnsight_vllm.errors import EngineSettingError
+
+
+def test_another_vllm_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(EngineSettingError, match=r"vLLM 0\.32\.\*; this is 0\.33\.1"):
+        compat.require_supported(SimpleNamespace(use_v2_model_runner=False))
+
+
+def test_the_v2_runner_is_refused_by_its_variable() -> None:
+    with pytest.raises(EngineSettingError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        compat.require_supported(SimpleNamespace(use_v2_model_runner=True))
+
+
+def test_the_fingerprint_enters_what_vllm_hashes_and_other_settings_stay() -> None:
+    config = SimpleNamespace(additional_config={"other": 1, "nnsight_vllm": {"sites": "all"}})
+    compat.salt_compile_cache(config, "f00")
+    assert config.additional_config == {"other": 1, "nnsight_vllm": {"sites": "all", "fingerprint": "f00"}}
+
+
+def test_a_worker_without_our_settings_says_what_it_needs() -> None:
+    with pytest.raises(EngineSettingError, match="additional_config needs"):
+        compat.settings_of(SimpleNamespace(additional_config=None))
