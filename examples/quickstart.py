@@ -11,6 +11,7 @@ import os
 # A small model needs little memory for its cache, and vLLM's own log would drown the tables.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
 import torch
 from rich.console import Console

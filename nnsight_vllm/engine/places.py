@@ -33,9 +33,10 @@ class Place:
         return tensor.untyped_storage().data_ptr() == self.work.untyped_storage().data_ptr() and tensor.numel() > 0
 
     def assign(self, value: Any) -> None:
-        """The whole site by value; broadcast and cast. Raises ValueError on a shape that doesn't fit."""
-        new = self._fit(value)
-        self.change(lambda: self.work.copy_(new))
+        """The whole site by value; broadcast and cast. What was read before keeps the old value."""
+        old, new = self.work, self._fit(value)
+        self.work = torch.empty_like(old).copy_(new)
+        self._site.write(self._tensors, self._rows, old, self.work)
 
     def change(self, operation: Callable[[], Any]) -> Any:
         """Run an operation that changes the working copy in place, and write the change back."""

@@ -142,7 +142,7 @@ class Checker:
         if node.writes is None:
             return
         site = self._site(node.writes, node.id)
-        if not is_inplace(node.name):
+        if not is_inplace(node.name) and "out" not in node.kwargs:
             raise GraphError(f"node {node.id}: {node.name} doesn't work in place, so it can't write {node.writes}")
         reason = site.refuse_write or site.refuse_inplace
         if reason:

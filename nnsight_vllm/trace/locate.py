@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
 
-from nnsight_vllm.trace.syntax import first_line
+from nnsight_vllm.trace.syntax import first_line, is_silent
 
 Position = tuple[int | None, int | None, int | None, int | None]
 _ENTERS = frozenset({"BEFORE_WITH"})
@@ -31,10 +31,10 @@ class Located:
     body: list[ast.stmt]
     first_line: int
 
-    def starts_on_new_line(self) -> bool:
-        """Whether the body starts on a line of its own, so that the interpreter reports its start."""
+    def starts_visibly(self) -> bool:
+        """Whether the interpreter reports the body's start: on a line of its own, at something that can raise."""
         header = self.item.optional_vars or self.item.context_expr
-        return self.first_line > (header.end_lineno or header.lineno)
+        return self.first_line > (header.end_lineno or header.lineno) and not is_silent(self.body[0])
 
     @property
     def last_line(self) -> int:

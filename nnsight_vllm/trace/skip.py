@@ -1,8 +1,10 @@
-"""Skips the native body of a `with` block: an exception at its first line, and everybody's tracing as it was before.
+"""Skips the native body of a `with` block: an exception at its start, and everybody's tracing as it was before.
 
 The interpreter reports lines to a thread's trace function. Ours stands in for a debugger's or coverage's from the
 moment the context is entered to the first line of the body, sees nothing but the frame's own lines, and goes. Calls
-that a previous function was following still report to it, so its own bookkeeping stays balanced.
+that a previous function was following still report to it, so its own bookkeeping stays balanced. Where the body's first
+line won't do (it is the `with` line itself, or a `try`, which no handler covers yet), the exception comes one
+instruction after the context is entered, before `as` binds its name.
 """
 
 from __future__ import annotations
@@ -20,26 +22,28 @@ class SkipBody(BaseException):
 
 
 class Skip:
-    """Tracing of one frame until its body, the lines `first` to `last`, starts."""
+    """Tracing of one frame until its body, these lines, starts; without lines, until its next instruction."""
 
-    def __init__(self, frame: FrameType, first: int, last: int) -> None:
+    def __init__(self, frame: FrameType, lines: range | None) -> None:
         self._frame = frame
-        self._lines = range(first, last + 1)
+        self._lines = lines
         self.thread_trace: TraceFunction | None = None
         self._frame_trace: TraceFunction | None = None
-        self._frame_lines = True
+        self._frame_switches = True, False
         self._is_on = False
 
     def start(self) -> None:
         """Take over the thread's and the frame's trace functions."""
         self.thread_trace, self._frame_trace = sys.gettrace(), self._frame.f_trace
-        self._frame_lines, self._is_on = self._frame.f_trace_lines, True
+        self._frame_switches, self._is_on = (self._frame.f_trace_lines, self._frame.f_trace_opcodes), True
         self._frame.f_trace, self._frame.f_trace_lines = self._local, True
+        self._frame.f_trace_opcodes = self._lines is None
         sys.settrace(_ignore_calls)
 
     def restore_frame(self) -> None:
         """Give the frame its trace function back."""
-        self._frame.f_trace, self._frame.f_trace_lines = self._frame_trace, self._frame_lines
+        self._frame.f_trace = self._frame_trace
+        self._frame.f_trace_lines, self._frame.f_trace_opcodes = self._frame_switches
 
     def restore_thread(self) -> None:
         """Give the thread its trace function back; calls from here on are reported to it.
@@ -55,7 +59,7 @@ class Skip:
                 trace(frame, "call", None)
 
     def _local(self, frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
-        if event == "line" and frame.f_lineno in self._lines:
+        if event == "opcode" if self._lines is None else event == "line" and frame.f_lineno in self._lines:
             raise SkipBody
         if event in {"exception", "return"} and self._is_on:
             self._is_on = False

@@ -59,6 +59,16 @@ def first_line(statement: ast.AST) -> int:
     return min([_line(statement), *(decorator.lineno for decorator in decorators)])
 
 
+def is_silent(statement: ast.stmt) -> bool:
+    """Whether the statement itself runs nothing before what is inside it or follows it."""
+    match statement:
+        case ast.Try() | ast.TryStar() | ast.Global() | ast.Nonlocal() | ast.AnnAssign(value=None):
+            return True
+        case ast.While(test=ast.Constant()) | ast.If(test=ast.Constant()):
+            return True
+    return False
+
+
 def _own_children(node: ast.AST) -> list[ast.AST]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return [*node.decorator_list, *_defaults(node.args)]

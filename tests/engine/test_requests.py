@@ -93,6 +93,15 @@ def test_an_edited_sample_can_stop_the_request(model: VLLM) -> None:
     assert (result.finish_reason, result.outputs[0].stop_reason) == ("stop", 77)
 
 
+def test_what_was_read_before_an_assignment_keeps_its_value(model: VLLM) -> None:
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        before = model.model.layers[0].mlp.output
+        saved = before.save()
+        model.model.layers[0].mlp.output = before * 2
+        difference = (model.model.layers[0].mlp.output - before).save()
+    torch.testing.assert_close(difference, saved)
+
+
 def test_log_probabilities_come_from_the_edited_logits_and_name_the_edited_token(model: VLLM) -> None:
     with model.trace(PROMPT, temperature=0.0, max_tokens=1, logprobs=2) as tracer:
         logits = model.logits.output
