@@ -79,6 +79,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 def _start(checkpoint: str, keywords: dict[str, Any]) -> VLLM:
-    from nnsight_vllm import VLLM
+    from nnsight_vllm.model import VLLM
 
     return VLLM(checkpoint, **keywords)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from nnsight_vllm.errors import ControlFlowError
 from nnsight_vllm.trace import block, frames
@@ -174,7 +175,9 @@ class CondBlock:
         self.handle = self.recorder.begin_cond(self.test)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.recorder.begin_else(self.handle)
 
     def merge(self, names: list[str], before: list[object], after: list[object]) -> list[object]:
@@ -193,7 +196,9 @@ class ElseBlock:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def merge(self, names: list[str], before: list[object], after: list[object]) -> list[object]:
@@ -212,10 +217,12 @@ class Trace:
         self.body = block.prepare(self.frame)
         if self.body is not None:
             self.was_rewritten = True
-            self.body.skip(self.frame)
+            self.body.skip(self.frame, self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if isinstance(error, block.SkipBody):
             assert self.body is not None
             self.body.run(self.recorder)
@@ -225,7 +232,7 @@ class Trace:
         self._deliver()
         return True
 
-    def value(self, content: object) -> Value:
+    def value(self, content: object) -> Any:
         """A proxy that is `content` when the program runs."""
         return self.recorder.value(content)
 

@@ -24,7 +24,7 @@ def test_the_code_of_a_page_runs(
     def shared(checkpoint: str, **keywords: Any) -> nnsight_vllm.VLLM:
         return engines(checkpoint, **{"dtype": "auto", **keywords})
 
-    monkeypatch.setattr("nnsight_vllm.model.VLLM", shared)
+    monkeypatch.setattr(nnsight_vllm, "VLLM", shared, raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
     script = tmp_path / "page.py"

@@ -83,9 +83,8 @@ class Calls:
         return "" if feeds_forward and not holds_attention else _CONTAINER.format(path=part.path)
 
     def _widths(self, part: Part) -> tuple[int | None, int | None]:
-        text = self.model.config.model_config.hf_config.get_text_config()
         if part.path == "lm_head":
-            return text.hidden_size, text.vocab_size
+            return self.model.head.width, self.model.head.vocabulary
         if views.is_activation(part.module):
             return None, None
         assert part.host is not None
@@ -98,14 +97,17 @@ class Calls:
         if views.is_norm(host):
             width = next(host.parameters()).shape[-1]
             return width, width
-        return text.hidden_size, text.hidden_size
+        width = self.model.config.model_config.get_hidden_size()
+        return width, width
 
     def _dtype(self, part: Part) -> str:
         if views.is_activation(part.module):
             return ""
+        if part.path == "lm_head":
+            return str(self.model.config.model_config.dtype).removeprefix("torch.")
         assert part.host is not None
         host = self.model.model.get_submodule(part.host)
-        if views.is_embedding(host) and part.path != "lm_head":
+        if views.is_embedding(host):
             return "int64"
         weight = next(host.parameters(), None)
         floating = weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +127,7 @@ class Calls:
 
     def _apply(self, part: Part) -> Apply:
         if part.path == "lm_head":
-            return views.head_of(self.model.model)
+            return self.model.head.apply
         if views.is_activation(part.module):
             return views.activation_of(part.module)
         assert part.host is not None

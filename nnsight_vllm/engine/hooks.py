@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from nnsight_vllm.engine import taps
-from nnsight_vllm.engine.placement import Source, Tap
 
+
+@dataclass(frozen=True)
+class Source:
+    """Where a hook finds a tensor: an argument, a keyword, the output (whole, or one element), a kept value."""
+
+    kind: Literal["argument", "keyword", "output", "kept"]
+    key: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that a hook on another module keeps for the tap's."""
+
+    host: str
+    source: Source
+
+
+@dataclass
+class Tap:
+    """One operator call: before or after `host` runs, what it reads, what it may write.
+
+    `copies`: the tensors written are replaced by copies first. A "kept" source's key is an index into `kept`.
+    """
+
+    number: int
+    host: str
+    read: list[Source]
+    write: list[Source]
+    before: bool = False
+    copies: bool = False
+    kept: list[Kept] = field(default_factory=list)
+
+
+Cell = list[Tensor]
 Finder = Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]
 
 
@@ -20,10 +54,10 @@ def install(model: nn.Module, placed: list[Tap]) -> None:
         if tap.before:
             host.register_forward_pre_hook(_before(tap), with_kwargs=True)
         else:
-            kept: list[Tensor] = []
-            if tap.keeps is not None:
-                model.get_submodule(tap.keeps).register_forward_hook(_keep(kept), with_kwargs=True)
-            host.register_forward_hook(_after(tap, kept), with_kwargs=True)
+            cells: list[Cell] = [[] for _ in tap.kept]
+            for kept, cell in zip(tap.kept, cells, strict=True):
+                model.get_submodule(kept.host).register_forward_hook(_keep(kept.source, cell), with_kwargs=True)
+            host.register_forward_hook(_after(tap, cells), with_kwargs=True)
 
 
 def wrap_head(processor: nn.Module, number: int) -> None:
@@ -64,9 +98,9 @@ def _before(tap: Tap) -> Callable[..., Any]:
     return hook
 
 
-def _after(tap: Tap, kept: list[Tensor]) -> Callable[..., None]:
+def _after(tap: Tap, cells: list[Cell]) -> Callable[..., None]:
     operator, number = taps.operator(len(tap.read), len(tap.write)), tap.number
-    finders = tuple(_finder(source, kept) for source in [*tap.read, *tap.write])
+    finders = tuple(_finder(source, cells) for source in [*tap.read, *tap.write])
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         operator(*[find(args, kwargs, output) for find in finders], number)
@@ -74,23 +108,25 @@ def _after(tap: Tap, kept: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _keep(kept: list[Tensor]) -> Callable[..., None]:
-    """Hand a module's argument on to a later hook. Both are traced into one graph, so nothing outlives the forward."""
+def _keep(source: Source, cell: Cell) -> Callable[..., None]:
+    """Hand a tensor on to a later hook. Both are traced into one graph, so nothing outlives the forward."""
+    find = _finder(source, [])
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        kept.append(args[0])
+        cell.append(find(args, kwargs, output))
 
     return hook
 
 
-def _finder(source: Source, kept: list[Tensor]) -> Finder:
+def _finder(source: Source, cells: list[Cell]) -> Finder:
     key: Any = source.key
     if source.kind == "argument":
         return lambda args, kwargs, output: args[key]
     if source.kind == "keyword":
         return lambda args, kwargs, output: kwargs[key]
     if source.kind == "kept":
-        return lambda args, kwargs, output: kept.pop()
+        cell = cells[key]
+        return lambda args, kwargs, output: cell.pop()
     if key is None:
         return lambda args, kwargs, output: output
     return lambda args, kwargs, output: output[key]

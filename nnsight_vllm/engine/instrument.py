@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
@@ -46,6 +46,7 @@ class Instrumented:
     refusals: dict[str, str]
     num_taps: int
     logits_taps: frozenset[int]
+    head: views.Head
     fingerprint: str
 
     def probe(self, run: Callable[[], None]) -> Catalogue:
@@ -80,8 +81,9 @@ class Instrumented:
 
 def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all") -> Instrumented:
     """Survey the model, decide the taps, install them."""
-    with views.build_context(config):
+    with views.build_context(config), views.forward_context(config, SURVEY_ROWS), torch.inference_mode():
         tree = modules.huggingface_tree(config.model_config.hf_config)
+        reference = modules.firing_order(tree, SURVEY_ROWS)
     modules.unshare(model)
     for activation in views.modules_to_run_plainly(model):
         views.run_plainly(activation)
@@ -90,11 +92,15 @@ def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all
     raw = modules.raw_modules(parts, model)
     blocks = modules.blocks(tree)
     selected = _selector(selection, parts, blocks)
-    placement = Placement(parts, raw, blocks, model, watched, selected)
+    hidden = views.first_tensor(watched.output)
+    assert hidden is not None
+    head = views.find_head(model, hidden)
+    placement = Placement(parts, raw, blocks, model, watched, reference, selected)
     placement.walk()
     install(model, placement.taps)
-    sites = [*placement.sites, *_head_sites(model, config, placement.numbers, len(placement.sites), selected)]
-    head = frozenset({placement.numbers}) if len(sites) > len(placement.sites) else frozenset()
+    sites = list(placement.sites)
+    if selected("lm_head"):
+        sites += _head_sites(head, placement.numbers, len(sites))
     return Instrumented(
         model=model,
         config=config,
@@ -105,7 +111,8 @@ def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all
         sites={site.info.name: site for site in sites},
         refusals=placement.refusals,
         num_taps=len(placement.taps),
-        logits_taps=head,
+        logits_taps=frozenset({placement.numbers}),
+        head=head,
         fingerprint=_fingerprint(placement, sites),
     )
 
@@ -128,22 +135,14 @@ def _stems(parts: dict[str, Part], blocks: list[str]) -> list[str]:
     return [path for path in parts if path and (path.rpartition(".")[0] == home or f"{home}.".startswith(f"{path}."))]
 
 
-def _head_sites(
-    model: nn.Module, config: VllmConfig, tap: int, order: int, selected: Callable[[str], bool]
-) -> list[Site]:
+def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:
     """`lm_head`'s input and output, on a tap outside the compiled graph."""
-    if not selected("lm_head"):
-        return []
-    wrap_head(model.logits_processor, tap)  # type: ignore[arg-type]
-    weights = config.model_config.hf_config.get_text_config()
-    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    wrap_head(head.processor, tap)
+    dtype = str(head.dtype).removeprefix("torch.")
     given, logits = Slot(0), Slot(1)
-    shapes: dict[str, Any] = {"input": (None, weights.hidden_size), "output": (None, weights.vocab_size)}
-    infos = [
-        SiteInfo(f"lm_head.{port}", "lm_head", port, order + i, shapes[port], dtype)  # type: ignore[arg-type]
-        for i, port in enumerate(("input", "output"))
-    ]
-    return [Argument(infos[0], tap, given, logits, views.head_of(model)), Direct(infos[1], tap, logits)]
+    before = SiteInfo("lm_head.input", "lm_head", "input", order, (None, head.width), dtype)
+    after = SiteInfo("lm_head.output", "lm_head", "output", order + 1, (None, head.vocabulary), dtype)
+    return [Argument(before, tap, given, logits, head.apply), Direct(after, tap, logits)]
 
 
 def _recorder(tap: int, served: list[Site], seen: dict[int, dict[str, Tensor]]) -> taps.Handler:
@@ -154,6 +153,6 @@ def _recorder(tap: int, served: list[Site], seen: dict[int, dict[str, Tensor]]) 
 
 
 def _fingerprint(placement: Placement, sites: list[Site]) -> str:
-    text = repr([(tap.number, tap.host, tap.before, tap.read, tap.write, tap.copies) for tap in placement.taps])
+    text = repr([tap for tap in placement.taps])
     text += repr([(site.info.name, site.tap) for site in sites])
     return hashlib.sha256(text.encode()).hexdigest()

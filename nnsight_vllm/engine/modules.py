@@ -75,6 +75,25 @@ def raw_modules(parts: dict[str, Part], model: nn.Module) -> dict[str, str]:
     return found
 
 
+def firing_order(tree: nn.Module, num_tokens: int) -> list[str]:
+    """Paths in the order in which transformers' model runs them, as far as it runs without values (on meta)."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+        for path, module in tree.named_modules()
+    ]
+    try:
+        mask = torch.zeros(1, 1, num_tokens, num_tokens, device="meta")
+        ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+        tree(ids, attention_mask=mask, position_ids=ids, use_cache=False)
+    except Exception:  # some models look at values (routing), which meta tensors don't have
+        return order
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
 def blocks(tree: nn.Module) -> list[str]:
     """Paths of the decoder blocks: the longest list of modules."""
     lists = [(path, module) for path, module in tree.named_modules() if isinstance(module, nn.ModuleList)]

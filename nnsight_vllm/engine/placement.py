@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from nnsight_vllm.engine import views
+from nnsight_vllm.engine.groups import find_gated, find_normed, place_gated, place_normed
+from nnsight_vllm.engine.hooks import Source, Tap
 from nnsight_vllm.engine.modules import Part
-from nnsight_vllm.engine.sites import Activation, Apply, Argument, Direct, Gate, Refresh, Site, Slot, Stream
+from nnsight_vllm.engine.sites import Apply, Argument, Direct, Refresh, Site, Slot, Stream
 from nnsight_vllm.engine.survey import Firing, Survey, is_same
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
 
@@ -26,30 +28,6 @@ SHARED_INPUT = (
     "assign it by value ({path}.input = x.clone() ...), which changes what this module sees and nothing else"
 )
 CHANGED_BY_INPUT = "{path}.output is what {other}.input is; assign that one"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a hook finds a tensor: an argument, a keyword, the output (whole, or one element), a kept input."""
-
-    kind: Literal["argument", "keyword", "output", "kept"]
-    key: int | str | None = None
-
-
-@dataclass
-class Tap:
-    """One operator call: before or after `host` runs, what it reads, what it may write.
-
-    `copies`: the tensors written are replaced by copies first. `keeps`: host whose first argument a "kept" source is.
-    """
-
-    number: int
-    host: str
-    before: bool
-    read: list[Source]
-    write: list[Source]
-    copies: bool = False
-    keeps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,7 @@ class Placement:
     blocks: list[str]
     model: nn.Module
     survey: Survey
+    reference: list[str]
     selected: Callable[[str], bool]
     taps: list[Tap] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
@@ -84,7 +63,8 @@ class Placement:
         for part in self.parts.values():
             if part.host and part.path not in self.bases:
                 self.by_host.setdefault(part.host, []).append(part)
-        self.gated = self._gated_pairs()
+        self.gated = find_gated(self.survey, self.by_host, self.model)
+        self.normed = find_normed(self.survey, self.by_host, self.model)
         self.wanted = self._wanted_hosts()
         self.scaled: list[Part] = []
 
@@ -107,8 +87,14 @@ class Placement:
         """vLLM modules with something selected on them; a gated activation and its linear go together."""
         wanted = {host for host, parts in self.by_host.items() if any(self.selected(p.path) for p in parts)}
         wanted |= {host for path, host in self.raw.items() if self.selected(path) and host in self.by_host}
-        pairs = [{activation, linear} for activation, linear in self.gated.items()]
-        return wanted.union(*(pair for pair in pairs if pair & wanted))
+        groups = [{activation, linear} for activation, linear in self.gated.items()]
+        groups += [{linear, *(norm.firing.path for norm in norms)} for linear, norms in self.normed.values()]
+        return wanted.union(*(group for group in groups if group & wanted))
+
+    def _is_grouped(self, host: str) -> bool:
+        """Whether a later module's tap serves this one."""
+        in_normed = any(host == linear or host in [n.firing.path for n in ns] for linear, ns in self.normed.values())
+        return in_normed or host in self.gated.values()
 
     # -- moments
 
@@ -122,12 +108,15 @@ class Placement:
         if self._is_container(parts[0]):
             self._container_output(parts[0], firing)
         elif firing.path in self.gated:
-            self._gated_mlp(firing)
+            place_gated(self, firing, self.survey.of(self.gated[firing.path])[0])
+        elif firing.path in self.normed:
+            linear, norms = self.normed[firing.path]
+            place_normed(self, firing, self.survey.of(linear)[0], norms)
         elif views.is_gated(self.model.get_submodule(firing.path)):
             self._refuse(parts[0].path, f"vLLM fuses {parts[0].path} in a way that can't be told apart")
         elif not views.is_leaf(self.model.get_submodule(firing.path), parts[0].module):
             return
-        elif firing.path not in self.gated.values():
+        elif not self._is_grouped(firing.path):
             self._leaf(sorted(parts, key=lambda part: part.columns or (0, 0)), firing)
 
     def _is_container(self, part: Part) -> bool:
@@ -147,8 +136,8 @@ class Placement:
         slots = None if shared else self._find(values, firing.start)
         if slots is None:
             sources = [Source("argument" if isinstance(where, int) else "keyword", where) for where, _ in pairs]
-            tap = self._tap(firing.path, True, [], sources, copies=shared)
-            slots = (tap, self._hold(tap, 0, values, firing.start))
+            tap = self.new_tap(firing.path, [], sources, before=True, copies=shared)
+            slots = (tap, self.hold(tap, 0, values, firing.start))
         self._scaled_outputs(*slots)
         inplace = SHARED_INPUT.format(path=part.path) if shared and part.path not in self.blocks else ""
         self._add_value(part.path, "input", slots, refuse_inplace=inplace)
@@ -164,8 +153,8 @@ class Placement:
         if slots is None:
             where = [Source("output", i if isinstance(firing.output, tuple) else None) for i in range(len(values))]
             moved = self._absorb(value, firing.end) if len(values) == 2 else []
-            tap = self._tap(firing.path, False, [], where)
-            slots = (tap, self._hold(tap, 0, values, firing.end))
+            tap = self.new_tap(firing.path, [], where)
+            slots = (tap, self.hold(tap, 0, values, firing.end))
             for site in moved:
                 site.tap = tap.number
         self._add_value(part.path, "output", slots, structure=self._structure(part))
@@ -205,16 +194,16 @@ class Placement:
             return
         source = self._argument(firing) if residual is None else Source("output", 1)
         index = 0 if isinstance(firing.output, tuple) else None
-        tap = self._tap(firing.path, False, [source], [Source("output", index)])
-        given = self._slot(0, value)
-        (result,) = self._hold(tap, 1, [output], firing.end)
+        tap = self.new_tap(firing.path, [source], [Source("output", index)])
+        given = self.slot(0, value)
+        (result,) = self.hold(tap, 1, [output], firing.end)
         self._raw_outputs(parts[0], value if residual is None else None, tap, given)
         for part in parts:
             shared = only is None or not self._is_own(residual, value, firing, part)
             columns = part.columns
-            self._add_argument(part, tap, given, result.part(columns), self._apply(part, host), shared)
+            self.add_argument(part, tap, given, result.part(columns), self._apply(part, host), shared)
             self._output(part, tap, result.part(columns))
-        self._raw_fused(firing.path, tap, result)
+        self.add_raw_fused(firing.path, tap, result)
 
     def _plain_leaf(self, part: Part, value: Tensor, output: Tensor, firing: Firing) -> bool:
         """Serve the input where the last tap holds it, if this module alone reads it. The output gets a tap."""
@@ -225,8 +214,8 @@ class Placement:
             return False
         self._add_value(part.path, "input", found)
         index = 0 if isinstance(firing.output, tuple) else None
-        tap = self._tap(firing.path, False, [], [Source("output", index)])
-        (result,) = self._hold(tap, 0, [output], firing.end)
+        tap = self.new_tap(firing.path, [], [Source("output", index)])
+        (result,) = self.hold(tap, 0, [output], firing.end)
         self._output(part, tap, result)
         return True
 
@@ -245,73 +234,14 @@ class Placement:
         if _is_scaled(part.module):
             self.scaled.append(part)
         else:
-            info = self._info(part.path, "output", structure=self._structure(part))
-            self._add(Direct(info, tap.number, slot))
+            info = self.info(part.path, "output", structure=self._structure(part))
+            self.add(Direct(info, tap.number, slot))
 
     def _scaled_outputs(self, tap: Tap, slots: list[Slot]) -> None:
         """An embedding that scales inside in Hugging Face and outside in vLLM: what enters the first block."""
         for part in self.scaled:
-            self._add(Direct(self._info(part.path, "output"), tap.number, slots[0]))
+            self.add(Direct(self.info(part.path, "output"), tap.number, slots[0]))
         self.scaled = []
-
-    # -- gated MLPs
-
-    def _gated_pairs(self) -> dict[str, str]:
-        """Gated activation -> the fused linear before it, where it alone reads that linear's output."""
-        pairs = {}
-        for host in self.by_host:
-            fired = self.survey.of(host)
-            if len(fired) != 1 or not views.is_gated(self.model.get_submodule(host)):
-                continue
-            fused = next((f for f in self.survey.firings if f.end == fired[0].start - 1), None)
-            if fused is not None and fused.path in self.by_host and self._computes(host, fired[0], fused):
-                pairs[host] = fused.path
-        return pairs
-
-    def _computes(self, host: str, fired: Firing, fused: Firing) -> bool:
-        """Whether the module is `activation(gate) * up` with transformers' activation, on the survey's numbers."""
-        gate_up, product = views.first_tensor(fused.output), views.first_tensor(fired.output)
-        if gate_up is None or product is None or not is_same(gate_up, fired.tensors()[0][1]):
-            return False
-        if not self.survey.is_exclusive(gate_up, fused.end, host):
-            return False
-        gate, up = gate_up.chunk(2, -1)
-        activation = views.activation_of(self.by_host[host][0].module)
-        with torch.inference_mode():
-            expected = activation(gate) * up
-        return bool(torch.allclose(expected.float(), product.float(), rtol=0.05, atol=1e-3))
-
-    def _gated_mlp(self, firing: Firing) -> None:
-        """Gate, activation and up at one tap, after the product: so they can follow Hugging Face's order."""
-        fused = self.survey.of(self.gated[firing.path])[0]
-        given, gate_up = fused.tensors()[0][1], views.first_tensor(fused.output)
-        product = views.first_tensor(firing.output)
-        assert gate_up is not None and product is not None
-        sources = [Source("kept"), Source("argument", 0), Source("output")]
-        tap = self._tap(firing.path, False, sources[:1], sources[1:], keeps=fused.path)
-        whole, result = self._hold(tap, 1, [gate_up, product], firing.end)
-        half = gate_up.shape[-1] // 2
-        gate = Gate(
-            firing.path,
-            whole.part((0, half)),
-            whole.part((half, 2 * half)),
-            result,
-            views.activation_of(self.by_host[firing.path][0].module),
-        )
-        host = self.model.get_submodule(fused.path)
-        linears = sorted(self.by_host[fused.path], key=lambda part: part.columns or (0, 0))
-        for i, part in enumerate(linears):
-            shared = len(linears) > 1
-            slot = whole.part(part.columns)
-            self._add_argument(part, tap, self._slot(0, given), slot, self._apply(part, host), shared, gate.refresh)
-            self._add(Direct(self._info(part.path, "output"), tap.number, slot, gate.refresh))
-            if i == 0:
-                self._activation(self.by_host[firing.path][0], tap, gate)
-        self._raw_fused(fused.path, tap, whole, gate.refresh)
-
-    def _activation(self, part: Part, tap: Tap, gate: Gate) -> None:
-        self._add(Direct(self._info(part.path, "input"), tap.number, gate.gate, gate.refresh))
-        self._add(Activation(self._info(part.path, "output"), tap.number, gate))
 
     # -- vLLM's own modules and the base model
 
@@ -324,12 +254,12 @@ class Placement:
             output = views.first_tensor(fired[0].output) if len(fired) == 1 else None
             if output is not None and is_same(output, value):
                 reason = CHANGED_BY_INPUT.format(path=path, other=part.path)
-                self._add(Direct(self._info(path, "output", refuse_write=reason), tap.number, slot))
+                self.add(Direct(self.info(path, "output", refuse_write=reason), tap.number, slot))
 
-    def _raw_fused(self, host: str, tap: Tap, slot: Slot, refresh: Refresh | None = None) -> None:
+    def add_raw_fused(self, host: str, tap: Tap, slot: Slot, refresh: Refresh | None = None) -> None:
         """The whole output of a linear that Hugging Face has in parts."""
         for path in (path for path, raw in self.raw.items() if raw == host and self.selected(path)):
-            self._add(Direct(self._info(path, "output"), tap.number, slot, refresh))
+            self.add(Direct(self.info(path, "output"), tap.number, slot, refresh))
 
     def _base_outputs(self) -> None:
         """The base model returns the final norm's output; vLLM compiles it as a whole, so its own hooks don't fire."""
@@ -341,18 +271,19 @@ class Placement:
 
     # -- taps, slots and infos
 
-    def _tap(self, host: str, before: bool, read: list[Source], write: list[Source], **more: Any) -> Tap:
-        tap = Tap(self.numbers, host, before, read, write, **more)
+    def new_tap(self, host: str, read: list[Source], write: list[Source], **more: Any) -> Tap:
+        """One more tap, after all others. `more` are `Tap`'s other fields."""
+        tap = Tap(self.numbers, host, read, write, **more)
         self.numbers += 1
         self.taps.append(tap)
         return tap
 
-    def _hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[Slot]:
-        slots = [self._slot(first + i, value) for i, value in enumerate(values)]
+    def hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[Slot]:
+        slots = [self.slot(first + i, value) for i, value in enumerate(values)]
         self.held += [Held(tap, slot, value, since) for slot, value in zip(slots, values, strict=True)]
         return slots
 
-    def _slot(self, index: int, value: Tensor) -> Slot:
+    def slot(self, index: int, value: Tensor) -> Slot:
         return Slot(index, batched=value.shape[0] == 1 and value.ndim > 1)
 
     def _find(self, values: list[Tensor], now: int) -> tuple[Tap, list[Slot]] | None:
@@ -382,7 +313,7 @@ class Placement:
     def _structure(self, part: Part) -> Literal["tensor", "tuple"]:
         return "tuple" if part.path in self.blocks or views.returns_tuple(part.module) else "tensor"
 
-    def _add_argument(
+    def add_argument(
         self, part: Part, tap: Tap, given: Slot, output: Slot, apply: Apply, shared: bool, refresh: Refresh | None = None
     ) -> None:
         reason = _input_refusal(part.module)
@@ -390,21 +321,34 @@ class Placement:
             self.refusals[f"{part.path}.input"] = reason
             return
         inplace = SHARED_INPUT.format(path=part.path) if shared else ""
-        info = self._info(part.path, "input", refuse_inplace=inplace)
-        self._add(Argument(info, tap.number, given, output, apply, refresh))
+        info = self.info(part.path, "input", refuse_inplace=inplace)
+        self.add(Argument(info, tap.number, given, output, apply, refresh))
 
     def _add_value(self, path: str, port: Port, place: tuple[Tap, list[Slot]], **more: Any) -> None:
         tap, slots = place
-        info = self._info(path, port, **more)
+        info = self.info(path, port, **more)
         site = Direct(info, tap.number, slots[0]) if len(slots) == 1 else Stream(info, tap.number, *slots)
-        self._add(site)
+        self.add(site)
 
-    def _add(self, site: Site) -> None:
+    def add(self, site: Site) -> None:
+        """Place a site after all others, if it is wanted."""
         if self.selected(site.info.path):
+            site.info = structs.replace(site.info, order=len(self.sites))
             self.sites.append(site)
 
-    def _info(self, path: str, port: Port, **more: Any) -> SiteInfo:
-        return SiteInfo(f"{path}.{port}", path, port, len(self.sites), (), "", **more)
+    def in_reference_order(self, paths: list[str]) -> list[str]:
+        """Sorted as Hugging Face's model runs them, as far as that is known; the others as they come."""
+        known = {path: i for i, path in enumerate(self.reference)}
+        alike = {path: self._in_first_block(path) for path in paths}
+        return sorted(paths, key=lambda path: known[alike[path]]) if set(alike.values()) <= set(known) else paths
+
+    def _in_first_block(self, path: str) -> str:
+        """The same module in the first block: all blocks run their modules in the same order."""
+        block = next((block for block in self.blocks if path.startswith(f"{block}.")), "")
+        return self.blocks[0] + path.removeprefix(block) if block else path
+
+    def info(self, path: str, port: Port, **more: Any) -> SiteInfo:
+        return SiteInfo(f"{path}.{port}", path, port, 0, (), "", **more)
 
     def _refuse(self, path: str, reason: str) -> None:
         self.refusals |= {f"{path}.{port}": reason for port in ("input", "output")}

@@ -43,21 +43,30 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """A request's rows of one tensor of a tap: all columns or some, with or without a leading batch of one."""
+    """A request's rows of one tensor of a tap: all columns or some, with or without a leading batch of one.
+
+    `heads` splits the columns into (heads, size of a head).
+    """
 
     index: int
     batched: bool = False
     columns: tuple[int, int] | None = None
+    heads: tuple[int, int] | None = None
 
     def live(self, tensors: Tensors, rows: slice) -> Tensor:
         """The rows themselves, not a copy: [n, ...]."""
         tensor = tensors[self.index]
         part = tensor[0, rows] if self.batched else tensor[rows]
-        return part if self.columns is None else part[..., self.columns[0] : self.columns[1]]
+        part = part if self.columns is None else part[..., self.columns[0] : self.columns[1]]
+        return part if self.heads is None else part.unflatten(-1, self.heads)
 
     def part(self, columns: tuple[int, int] | None) -> Slot:
         """The same rows, narrowed to `columns`."""
         return replace(self, columns=columns)
+
+    def shaped(self, heads: tuple[int, int] | None) -> Slot:
+        """The same columns, looked at as heads."""
+        return replace(self, heads=heads)
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from nnsight_vllm.engine.sites import Apply
@@ -98,15 +100,43 @@ def activation_of(module: nn.Module) -> Apply:
     return apply
 
 
-def head_of(model: nn.Module) -> Apply:
-    """`lm_head` as a plain product: no soft cap, no scale, no padded vocabulary; with its bias where it has one."""
-    processor, head = model.logits_processor, model.lm_head
-    product: Callable[..., Tensor] = type(processor)._get_logits  # type: ignore[union-attr]
+@dataclass(frozen=True)
+class Head:
+    """How a model computes logits: its processor, and what it gives the processor. `vocabulary` is unpadded."""
 
-    def apply(value: Tensor) -> Tensor:
-        return product(processor, value, head, getattr(head, "bias", None))
+    processor: LogitsProcessor
+    weights: nn.Module
+    bias: Tensor | None
+    width: int
+    vocabulary: int
+    dtype: torch.dtype
 
-    return apply
+    def apply(self, value: Tensor) -> Tensor:
+        """`lm_head` as a plain product, with its bias where it has one: no soft cap, no scale, no padded tokens."""
+        logits = type(self.processor)._get_logits(self.processor, value, self.weights, self.bias)
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def find_head(model: nn.Module, hidden: Tensor) -> Head:
+    """What `compute_logits` hands to the processor, seen by calling it once on [rows, width]."""
+    processor = next(module for module in model.modules() if isinstance(module, LogitsProcessor))
+    found: list[Head] = []
+    inner = processor._get_logits
+
+    def watch(given: Tensor, weights: nn.Module, bias: Tensor | None, *rest: Any, **more: Any) -> Tensor | None:
+        logits = inner(given, weights, bias, *rest, **more)
+        assert logits is not None
+        found.append(Head(processor, weights, bias, given.shape[-1], logits.shape[-1], logits.dtype))
+        return logits
+
+    processor._get_logits = watch
+    try:
+        with torch.inference_mode():
+            model.compute_logits(hidden)  # type: ignore[operator]
+    finally:
+        del processor._get_logits
+    return found[0]
 
 
 def run_plainly(module: nn.Module) -> None:

@@ -28,20 +28,15 @@ __all__ = ["Body", "SkipBody", "prepare", "why_native"]
 
 
 @dataclass(frozen=True)
-class _Start:
-    """Where the native body is skipped: at the first of its lines; without lines, before `as` binds its name."""
-
-    lines: range | None
-    entered_as: str | None
-
-
-@dataclass(frozen=True)
 class _Plan:
-    """What is known about the `with` at one place of one code object: rewritten, or the reason why it isn't."""
+    """What is known about the `with` at one place of one code object: rewritten, or the reason why it isn't.
+
+    The native body is skipped at the first of `lines`; without them, before `as` binds its name.
+    """
 
     built: Built | None
     reason: str
-    start: _Start | None = None
+    lines: range | None = None
 
 
 _PLANS: WeakKeyDictionary[CodeType, dict[tuple[str, int], _Plan]] = WeakKeyDictionary()
@@ -51,42 +46,40 @@ _REASONS: WeakKeyDictionary[CodeType, str] = WeakKeyDictionary()
 class Body:
     """The rewritten body of one run of a block."""
 
-    def __init__(self, frame: FrameType, built: Built, start: _Start) -> None:
+    def __init__(self, frame: FrameType, built: Built, lines: range | None) -> None:
         self._frame = frame
         self._built = built
-        self._skip = Skip(frame, start.lines)
-        self._entered_as = start.entered_as
+        self._skip = Skip(frame, lines)
         self._entered: object = UNBOUND
         self._handled: BaseException | None = None
 
     def skip(self, frame: FrameType, entered: object = UNBOUND) -> None:
         """Have the native body skipped. Call it from the context's `__enter__`, last, with what that returns."""
         assert frame is self._frame
-        assert self._entered_as is None or entered is not UNBOUND, "pass what __enter__ returns"
+        assert self._built.entered_as is None or entered is not UNBOUND, "pass what __enter__ returns"
         self._handled, self._entered = sys.exception(), entered
         self._skip.start()
 
     def run(self, recorder: Recorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""
         names = _Names(self._frame, self._built)
-        if self._entered_as is not None:
-            names.bindings.set({self._entered_as: self._entered})
+        if self._built.entered_as is not None:
+            names.bindings.set({self._built.entered_as: self._entered})
         runtime = Runtime(recorder, names.bindings, self._frame.f_code.co_filename)
-        function, skipped, tracer = names.function(), sys.exception(), sys.gettrace()
+        function, skipped = names.function(), sys.exception()
         self._skip.restore_frame()
         frames.set_handled(self._handled)
         try:
-            try:
-                self._skip.restore_thread()
-                function(runtime)
-            finally:
-                tracer = sys.gettrace()
-                sys.settrace(None)
-                frames.set_handled(skipped)
-                names.write_back()
-            runtime.finish()
+            self._skip.restore_thread()
+            function(runtime)
         finally:
-            sys.settrace(tracer)
+            tracer = sys.gettrace()
+            sys.settrace(None)
+            frames.set_handled(skipped)
+            try:
+                names.write_back()
+            finally:
+                sys.settrace(tracer)
 
 
 class _Names:
@@ -130,7 +123,7 @@ def prepare(frame: FrameType) -> Body | None:
         plans[key] = _plan(frame)
     plan = plans[key]
     _REASONS[code] = plan.reason
-    return Body(frame, plan.built, plan.start) if plan.built is not None and plan.start is not None else None
+    return Body(frame, plan.built, plan.lines) if plan.built is not None else None
 
 
 def why_native(frame: FrameType) -> str | None:
@@ -155,20 +148,15 @@ def _plan(frame: FrameType) -> _Plan:
         return _Plan(None, "no control flow that could be over a value stands in the block itself")
     if not frames.is_function(frame) and frame.f_locals is not frame.f_globals:
         return _Plan(None, "the block stands in a class body; put it into a function")
-    start = _start(located)
-    if start is None:
+    target, code = located.item.optional_vars, frame.f_code
+    if not located.starts_visibly() and not isinstance(target, ast.Name | None):
         return _Plan(None, "the block starts on its `with` line or with a `try`, and `as` binds more than a plain name")
-    _refuse_obstacles(located, frame.f_code.co_filename)
-    return _Plan(build(located.body, located.statement.lineno, frame.f_code, start.entered_as), "", start)
-
-
-def _start(located: Located) -> _Start | None:
+    _refuse_obstacles(located, code.co_filename)
     if located.starts_visibly():
-        return _Start(range(located.first_line, located.last_line + 1), None)
-    target = located.item.optional_vars
-    if target is None or isinstance(target, ast.Name):
-        return _Start(None, target.id if target is not None else None)
-    return None
+        lines = range(located.first_line, located.last_line + 1)
+        return _Plan(build(located.body, located.statement.lineno, code, None), "", lines)
+    entered_as = target.id if isinstance(target, ast.Name) else None
+    return _Plan(build(located.body, located.statement.lineno, code, entered_as), "")
 
 
 def _refuse_obstacles(located: Located, filename: str) -> None:

@@ -18,7 +18,7 @@ from types import CodeType
 
 from nnsight_vllm.trace.frames import local_names
 from nnsight_vllm.trace.rewrite import rewrite
-from nnsight_vllm.trace.snippets import RUNTIME
+from nnsight_vllm.trace.snippets import RUNTIME, call
 from nnsight_vllm.trace.syntax import bound_names
 
 _GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
@@ -28,10 +28,14 @@ _INNER, _OUTER = "body", "names"
 
 @dataclass(frozen=True)
 class Built:
-    """A rewritten block. `code` takes the runtime; its free variables are names of the frame. `bound` are assigned."""
+    """A rewritten block. `code` takes the runtime; its free variables are names of the frame. `bound` are assigned.
+
+    `entered_as` is the name that the `with` statement's `as` would bind, if that has to be done for it.
+    """
 
     code: CodeType
     bound: tuple[str, ...]
+    entered_as: str | None
 
 
 def is_rewritten(code: CodeType) -> bool:
@@ -39,13 +43,14 @@ def is_rewritten(code: CodeType) -> bool:
     return code.co_varnames[:1] == (RUNTIME,)
 
 
-def build(block: Sequence[ast.stmt], line: int, caller: CodeType) -> Built:
+def build(block: Sequence[ast.stmt], line: int, caller: CodeType, entered_as: str | None) -> Built:
     """Rewrite and compile the block of the `with` at `line`."""
     owner = _class_around(caller.co_qualname)
     mangle = _mangler(owner)
     own = _own_names(caller)
-    bound = [mangle(name) for name in bound_names(block)]
-    body = _declarations(bound, own) + rewrite(block, mangle, _first_argument(caller))
+    entered_as = mangle(entered_as) if entered_as is not None else None
+    bound = [mangle(name) for name in bound_names(block)] + ([entered_as] if entered_as is not None else [])
+    body = [*_declarations(bound, own), *rewrite(block, mangle, _first_argument(caller)), ast.Expr(value=call("finish"))]
     inner = _function(_INNER, [RUNTIME], body, line)
     outer: ast.stmt = _function(_OUTER, own, [inner], line)
     if owner:
@@ -53,7 +58,7 @@ def build(block: Sequence[ast.stmt], line: int, caller: CodeType) -> Built:
     module = ast.fix_missing_locations(ast.Module(body=[outer], type_ignores=[]))
     flags = caller.co_flags & _FUTURE_FLAGS
     compiled = compile(module, caller.co_filename, "exec", flags, dont_inherit=True)
-    return Built(_renamed(_body_of(compiled), caller), tuple(bound))
+    return Built(_renamed(_body_of(compiled), caller), tuple(bound), entered_as)
 
 
 def _class_around(qualname: str) -> str:

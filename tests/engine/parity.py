@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -108,7 +109,10 @@ def _handler(served: list[Any], rows: slice, edits: dict[str, Edit], values: Val
 
 
 class Reference:
-    """transformers on the same checkpoint, float32, with forward hooks."""
+    """transformers on the same checkpoint, float32, with forward hooks.
+
+    Make it before the engine: vLLM's transformers backend patches some of transformers' classes, `__init__` included.
+    """
 
     def __init__(self, checkpoint: str) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -132,12 +136,26 @@ class Reference:
             else:
                 handles.append(module.register_forward_hook(keep.output, with_kwargs=True))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _without_patches(self.model):
                 self.model(torch.tensor([prompt]), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return values
+
+
+@contextmanager
+def _without_patches(model: nn.Module) -> Iterator[None]:
+    """Call modules as torch does, also those whose class vLLM has given a `__call__` of its own."""
+    patched = {type(module) for module in model.modules() if "__call__" in vars(type(module))}
+    kept = {kind: kind.__call__ for kind in patched}
+    for kind in patched:
+        kind.__call__ = nn.Module.__call__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, call in kept.items():
+            kind.__call__ = call  # type: ignore[method-assign]
 
 
 class _Keep:

@@ -298,7 +298,7 @@ def test_a_poison_keeps_the_values_of_its_paths() -> None:
             first = p * 3
             name = "other"
     assert is_poison(first) and len(first.values) == 1
-    assert is_poison(name) and name.values == ("text", "other")  # type: ignore[attr-defined]
+    assert is_poison(name) and name.values == ("other", "text")
 
 
 def test_values_that_do_not_merge_raise_at_the_use() -> None:
@@ -397,7 +397,9 @@ def test_comprehensions(kind: str) -> None:
             else:
                 _ = [x for x in range(3) if p]
 
-    refuses(block, "a comprehension over a proxy" if kind != "condition" else "the `if` of a comprehension over a proxy")
+    refuses(
+        block, "a comprehension over a proxy" if kind != "condition" else "the `if` of a comprehension over a proxy"
+    )
 
 
 def test_containment() -> None:

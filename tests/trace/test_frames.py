@@ -131,7 +131,9 @@ def test_a_frame_of_unknown_layout_is_refused_by_line(monkeypatch: pytest.Monkey
         return monkeypatch
 
     monkeypatch.setattr(frames, "_CODE", frames._FRAME)
-    with pytest.raises(ControlFlowError, match=r"test_frames.py:\d+: this Python .* doesn't show the closure variables"):
+    with pytest.raises(
+        ControlFlowError, match=r"test_frames.py:\d+: this Python .* doesn't show the closure variables"
+    ):
         frames.cells(caller())
     assert inner() is monkeypatch
 

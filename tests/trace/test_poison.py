@@ -54,7 +54,11 @@ def test_every_use_raises_with_name_reason_and_line(use: Callable[[Any], object]
 def test_torch_functions_raise_too() -> None:
     torch = pytest.importorskip("torch")
     poison = Poison("y", "because")
-    for use in (lambda: torch.add(torch.ones(1), poison), lambda: torch.stack([torch.ones(1), poison]), lambda: torch.relu(poison)):
+    for use in (
+        lambda: torch.add(torch.ones(1), poison),
+        lambda: torch.stack([torch.ones(1), poison]),
+        lambda: torch.relu(poison),
+    ):
         with pytest.raises(ScopeError, match=r"test_poison.py:\d+: `y`"):
             use()
 
