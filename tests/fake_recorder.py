@@ -217,7 +217,7 @@ class Trace:
         self.body = block.prepare(self.frame)
         if self.body is not None:
             self.was_rewritten = True
-            self.body.skip(self.frame, self)
+            self.body.skip(self.frame)
         return self
 
     def __exit__(

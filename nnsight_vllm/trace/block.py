@@ -50,21 +50,19 @@ class Body:
         self._frame = frame
         self._built = built
         self._skip = Skip(frame, lines)
-        self._entered: object = UNBOUND
         self._handled: BaseException | None = None
 
-    def skip(self, frame: FrameType, entered: object = UNBOUND) -> None:
-        """Have the native body skipped. Call it from the context's `__enter__`, last, with what that returns."""
+    def skip(self, frame: FrameType) -> None:
+        """Have the native body skipped. Call it from the context's `__enter__`."""
         assert frame is self._frame
-        assert self._built.entered_as is None or entered is not UNBOUND, "pass what __enter__ returns"
-        self._handled, self._entered = sys.exception(), entered
+        self._handled = sys.exception()
         self._skip.start()
 
     def run(self, recorder: Recorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""
         names = _Names(self._frame, self._built)
         if self._built.entered_as is not None:
-            names.bindings.set({self._built.entered_as: self._entered})
+            names.bindings.set({self._built.entered_as: self._skip.entered})
         runtime = Runtime(recorder, names.bindings, self._frame.f_code.co_filename)
         function, skipped = names.function(), sys.exception()
         self._skip.restore_frame()

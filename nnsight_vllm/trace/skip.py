@@ -22,7 +22,10 @@ class SkipBody(BaseException):
 
 
 class Skip:
-    """Tracing of one frame until its body, these lines, starts; without lines, until its next instruction."""
+    """Tracing of one frame until its body, these lines, starts; without lines, until its next instruction.
+
+    `entered` is what the context's `__enter__` returned, if `as` didn't get to bind it.
+    """
 
     def __init__(self, frame: FrameType, lines: range | None) -> None:
         self._frame = frame
@@ -31,6 +34,7 @@ class Skip:
         self._frame_trace: TraceFunction | None = None
         self._frame_switches = True, False
         self._is_on = False
+        self.entered: object = None
 
     def start(self) -> None:
         """Take over the thread's and the frame's trace functions."""
@@ -38,6 +42,8 @@ class Skip:
         self._frame_switches, self._is_on = (self._frame.f_trace_lines, self._frame.f_trace_opcodes), True
         self._frame.f_trace, self._frame.f_trace_lines = self._local, True
         self._frame.f_trace_opcodes = self._lines is None
+        if self._lines is None:
+            self._note_entered(_frames_below(self._frame, sys._getframe())[0])
         sys.settrace(_ignore_calls)
 
     def restore_frame(self) -> None:
@@ -57,6 +63,19 @@ class Skip:
         if trace is not None and not isinstance(trace, FunctionType | MethodType):
             for frame in _frames_below(self._frame, sys._getframe()):
                 trace(frame, "call", None)
+
+    def _note_entered(self, entering: FrameType) -> None:
+        """Keep what the context's `__enter__`, whose frame this is, returns: `as` won't bind it."""
+        previous = entering.f_trace
+
+        def note(frame: FrameType, event: str, argument: Any) -> TraceFunction:
+            if event == "return":
+                self.entered = argument
+            if previous is not None:
+                previous(frame, event, argument)
+            return note
+
+        entering.f_trace = note
 
     def _local(self, frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
         if event == "opcode" if self._lines is None else event == "line" and frame.f_lineno in self._lines:

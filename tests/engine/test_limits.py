@@ -1,0 +1,125 @@
+"""What graphs are kept from: settings refused at start, preemption, the prefix cache, sites that aren't instrumented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from nnsight_vllm import VLLM
+from nnsight_vllm.engine.settings import engine_arguments
+from nnsight_vllm.errors import EngineSettingError, PreemptedError, RefusedError
+
+if TYPE_CHECKING:
+    from conftest import Engines
+
+PROMPT = [5 + i % 90 for i in range(70)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"enable_lora": True},
+        {"enable_dbo": True},
+        {"kv_sharing_fast_prefill": True},
+        {"long_prefill_token_threshold": 32},
+        {"worker_cls": "somewhere.Worker"},
+        {"scheduler_cls": "somewhere.Scheduler"},
+        {"runner": "pooling"},
+    ],
+)
+def test_a_setting_that_graphs_do_not_support_is_refused_by_name_before_the_engine_starts(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(EngineSettingError, match=name):
+        VLLM("no-such-checkpoint", **setting)
+
+
+def test_the_v2_runner_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(EngineSettingError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        VLLM("no-such-checkpoint")
+
+
+def test_the_users_additional_config_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    arguments = engine_arguments({"additional_config": {"mine": 1}, "seed": 3}, ["b", "a"])
+    assert arguments["additional_config"] == {"mine": 1, "nnsight_vllm": {"sites": ["a", "b"]}}
+    assert arguments["seed"] == 3
+
+
+def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
+    engines: Engines, tiny_checkpoint: Callable[[str], str]
+) -> None:
+    model = engines(
+        tiny_checkpoint("llama"), enforce_eager=True, max_model_len=256, max_num_seqs=4, num_gpu_blocks_override=12, block_size=32
+    )
+    results: list[Any] = []
+    with pytest.raises((PreemptedError, ExceptionGroup)) as caught:
+        with model.trace(temperature=0.0, max_tokens=100, ignore_eos=True) as tracer:
+            for i in range(4):
+                with tracer.invoke([i + 3, *PROMPT[:60]]):
+                    if i % 2:
+                        model.model.layers[0].output[0].save()
+                        with tracer.all():
+                            model.model.layers[1].output[0][:] += 0.1
+                    results.append(tracer.result.save() if not i % 2 else None)
+    errors = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else (caught.value,)
+    assert all(isinstance(error, PreemptedError) and error.retryable for error in errors)
+    assert [len(result.token_ids) for result in results if result is not None] == [100, 100]
+    model.check_integrity()
+
+
+def test_edited_state_never_reaches_the_prefix_cache_of_others(
+    engines: Engines, tiny_checkpoint: Callable[[str], str]
+) -> None:
+    model = engines(tiny_checkpoint("llama"), enforce_eager=True, max_model_len=128, max_num_batched_tokens=128, block_size=32)
+
+    def plain() -> Any:
+        with model.trace(PROMPT, temperature=0.0, max_tokens=4, logprobs=1) as tracer:
+            result = tracer.result.save()
+        return result
+
+    def edited() -> tuple[Any, torch.Tensor]:
+        with model.trace(PROMPT, temperature=0.0, max_tokens=4) as tracer:
+            model.model.layers[0].output[0][:] += 1
+            h = model.model.layers[1].output[0].save()
+            result = tracer.result.save()
+        return result, h
+
+    model.llm.reset_prefix_cache()
+    first, h1 = edited()
+    before, again = plain(), plain()
+    second, h2 = edited()
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 0)
+    assert (before.num_cached_tokens, again.num_cached_tokens) == (0, 64)
+    assert before.token_ids == again.token_ids
+    assert torch.equal(h1, h2)
+    assert h1.shape[0] == len(PROMPT)
+    model.check_integrity()
+
+
+def test_a_site_that_is_not_instrumented_is_refused_with_the_advice(
+    engines: Engines, tiny_checkpoint: Callable[[str], str]
+) -> None:
+    model = engines(tiny_checkpoint("llama"), enforce_eager=True, max_model_len=128, sites=("model.layers.1.mlp",))
+    with model.trace(PROMPT, max_tokens=1):
+        kept = model.model.layers[1].mlp.output.save()
+        logits = model.logits.output.save()
+    assert (kept.shape, logits.shape[0]) == ((70, 128), 1)
+    with pytest.raises(RefusedError, match="sites="), model.trace(PROMPT, max_tokens=1):
+        model.model.layers[0].mlp.output.save()
+    model.check_integrity()
+
+
+def test_an_engine_can_be_closed_and_used_again(tiny_checkpoint: Callable[[str], str]) -> None:
+    with VLLM(tiny_checkpoint("llama"), dtype="float32", enforce_eager=True, max_model_len=128, dispatch=True) as model:
+        first = model._lazy
+        assert "LlamaForCausalLM" in repr(model)
+    assert first is model._lazy
+    assert first._running is None
