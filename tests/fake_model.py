@@ -21,12 +21,17 @@ def catalogue() -> Catalogue:
     """Blocks with attention, q_proj and mlp; final norm; head; logits and samples."""
     sites: list[SiteInfo] = []
 
-    def site(path: str, port: Literal["input", "output"], shape: tuple[int | None, ...] = (None, HIDDEN), **more: Any) -> None:
+    def site(
+        path: str, port: Literal["input", "output"], shape: tuple[int | None, ...] = (None, HIDDEN), **more: Any
+    ) -> None:
         dtype = more.pop("dtype", "float32")
         sites.append(SiteInfo(f"{path}.{port}", path, port, len(sites), shape, dtype, **more))
 
     modules = [ModuleInfo("", "Model", refusals={"output": "use model.logits"}, refuse_call="it is the whole model")]
-    modules += [ModuleInfo("model", "Base"), ModuleInfo("model.embed_tokens", "Embedding", call_out=HIDDEN, call_dtype="float32")]
+    modules += [
+        ModuleInfo("model", "Base"),
+        ModuleInfo("model.embed_tokens", "Embedding", call_out=HIDDEN, call_dtype="float32"),
+    ]
     site("model.embed_tokens", "output")
     modules.append(ModuleInfo("model.layers", "ModuleList", refuse_call="it is a list"))
     for i in range(LAYERS):

@@ -50,7 +50,7 @@ class Calls:
         if len(args) != 1:
             raise RefusedError(f"{path} takes one tensor, not {len(args)}")
         value = args[0]
-        if facts.dtype and not value.dtype == getattr(torch, facts.dtype):
+        if facts.dtype and value.is_floating_point() == (facts.dtype != "int64"):
             value = value.to(getattr(torch, facts.dtype))
         with taps.suspended(), torch.inference_mode():
             return self._run(path, value.clone(), facts)

@@ -75,7 +75,9 @@ class Collector:
 
     def process_outputs(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of vLLM's own, which does the rest."""
-        ended = [output.request_id for output in outputs if output.pooling_output is not None and self._take_off(output)]
+        ended = [
+            output.request_id for output in outputs if output.pooling_output is not None and self._take_off(output)
+        ]
         processed = self._original(outputs, *args, **kwargs)
         processed.reqs_to_abort.extend(ended)
         return processed

@@ -30,7 +30,9 @@ _RENAMED = {"max_new_tokens": "max_tokens"}
 class Engine:
     """A running vLLM engine that takes graphs."""
 
-    def __init__(self, model: str, arguments: dict[str, object], sites: Sites, tensor_limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(
+        self, model: str, arguments: dict[str, object], sites: Sites, tensor_limit: int = DEFAULT_LIMIT
+    ) -> None:
         try:
             from vllm import LLM
         except ImportError as error:
@@ -99,7 +101,9 @@ class Engine:
         with self._lock:
             live = [] if not self.llm.llm_engine.has_unfinished_requests() else list(self._states())
             leftovers = msgspec.msgpack.decode(self._call("nnsight_integrity", (live,)), type=list[str])
-            leftovers += [f"front end: request {name} was never finished" for name in self._states() if name not in live]
+            leftovers += [
+                f"front end: request {name} was never finished" for name in self._states() if name not in live
+            ]
             if self.collector.pending:
                 leftovers.append(f"front end: results of {self.collector.pending} requests were never taken")
             if self.tensors.in_use:

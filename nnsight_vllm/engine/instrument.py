@@ -51,11 +51,11 @@ class Instrumented:
 
     def probe(self, run: Callable[[], None]) -> Catalogue:
         """The catalogue, from one real forward: `run` does it. Sites whose tap stays silent are dropped and refused."""
-        seen: dict[int, dict[str, Tensor]] = {}
+        seen: dict[str, Tensor] = {}
         by_tap: dict[int, list[Site]] = {}
         for site in self.sites.values():
             by_tap.setdefault(site.tap, []).append(site)
-        taps.ACTIVE.update({tap: _recorder(tap, served, seen) for tap, served in by_tap.items()})
+        taps.ACTIVE.update({tap: _recorder(served, seen) for tap, served in by_tap.items()})
         try:
             run()
         finally:
@@ -64,10 +64,12 @@ class Instrumented:
         failures = taps.take_failures()
         if failures:
             raise failures[0]
-        self._settle({name: value for values in seen.values() for name, value in values.items()})
+        self._settle(seen)
         return describe(self)
 
     def _settle(self, seen: dict[str, Tensor]) -> None:
+        orders = [self.sites[name].info.order for name in seen]
+        assert orders == sorted(orders), "taps fired in another order than their sites have"
         for name, site in list(self.sites.items()):
             if name in seen:
                 value = seen[name]
@@ -145,9 +147,10 @@ def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:
     return [Argument(before, tap, given, logits, head.apply), Direct(after, tap, logits)]
 
 
-def _recorder(tap: int, served: list[Site], seen: dict[int, dict[str, Tensor]]) -> taps.Handler:
+def _recorder(served: list[Site], seen: dict[str, Tensor]) -> taps.Handler:
     def record(tensors: taps.Tensors) -> None:
-        seen[tap] = {site.info.name: site.read(tensors, slice(0, 1)) for site in served}
+        for site in served:
+            seen.setdefault(site.info.name, site.read(tensors, slice(0, 1)))
 
     return record
 

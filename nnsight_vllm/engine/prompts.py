@@ -54,13 +54,20 @@ def _from_mapping(prompt: Mapping[str, object], tokenizer: Any) -> tuple[str | N
 def _ids(value: object) -> list[int]:
     """Token ids from a list, a tensor or an array, with at most one leading batch dimension of one."""
     plain = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(plain, Sequence) and not isinstance(plain, str) and len(plain) == 1 and isinstance(plain[0], list | tuple):
+    if (
+        isinstance(plain, Sequence)
+        and not isinstance(plain, str)
+        and len(plain) == 1
+        and isinstance(plain[0], list | tuple)
+    ):
         plain = plain[0]
     if isinstance(plain, Sequence) and not isinstance(plain, str):
         if all(isinstance(id, int) and not isinstance(id, bool) for id in plain):
             return [int(id) for id in plain]
         if any(isinstance(id, str | list | tuple) for id in plain):
-            raise AdmissionError(f"an invoke is one request, got several prompts; open one invoke for each; {user_line()}")
+            raise AdmissionError(
+                f"an invoke is one request, got several prompts; open one invoke for each; {user_line()}"
+            )
     raise AdmissionError(
         f"a prompt is text, token ids, tokenizer output or a prompt dict, got {type(value).__name__}; {user_line()}"
     )

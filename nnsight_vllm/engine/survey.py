@@ -41,8 +41,8 @@ class Touch:
     """One operator that read or changed tensors, and the modules it ran in."""
 
     when: int
-    read: tuple[Tensor, ...]
-    written: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    written: frozenset[int]
     inside: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ class Survey:
 
     num_tokens: int
     firings: list[Firing] = field(default_factory=list)
-    touches: list[Touch] = field(default_factory=list)
+    by_storage: dict[int, list[tuple[Touch, int]]] = field(default_factory=dict)
     output: Any = None
     kept: list[Any] = field(default_factory=list)
 
@@ -61,13 +61,22 @@ class Survey:
 
     def is_untouched(self, tensor: Tensor, since: int, until: int) -> bool:
         """No operator changed the tensor's memory in between."""
-        between = (touch for touch in self.touches if since < touch.when < until)
-        return not any(overlaps(tensor, other) for touch in between for other in touch.written)
+        return not any(
+            since < touch.when < until and overlaps(tensor, touch.tensors[i])
+            for touch, i in self._touches_of(tensor)
+            if i in touch.written
+        )
 
     def is_exclusive(self, tensor: Tensor, since: int, path: str) -> bool:
         """From `since` on only operators inside `path` use the tensor's memory."""
-        outside = (touch for touch in self.touches if touch.when > since and path not in touch.inside)
-        return not any(overlaps(tensor, other) for touch in outside for other in touch.read)
+        return not any(
+            touch.when > since and path not in touch.inside and overlaps(tensor, touch.tensors[i])
+            for touch, i in self._touches_of(tensor)
+        )
+
+    def _touches_of(self, tensor: Tensor) -> list[tuple[Touch, int]]:
+        """Operators that took a tensor in the same storage, and as which of their tensors."""
+        return self.by_storage.get(_storage(tensor), [])
 
 
 def survey(model: nn.Module, forward: Callable[[], Any], num_tokens: int) -> Survey:
@@ -131,9 +140,10 @@ class _Watch(TorchDispatchMode):
         names = [argument.name for argument in schema.arguments]
         writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         given = [(name, t) for name, v in [*zip(names, args, strict=False), *kwargs.items()] for t in _flatten(v)]
-        read = tuple(t for _, t in given if not isinstance(t, nn.Parameter))
-        written = tuple(t for name, t in given if name in writes)
-        self.watched.touches.append(Touch(self.clock.tick(), read, written, tuple(self.clock.inside)))
+        written = frozenset(i for i, (name, _) in enumerate(given) if name in writes)
+        touch = Touch(self.clock.tick(), tuple(t for _, t in given), written, tuple(self.clock.inside))
+        for i, tensor in enumerate(touch.tensors):
+            self.watched.by_storage.setdefault(_storage(tensor), []).append((touch, i))
 
 
 def _is_view(schema: Any) -> bool:

@@ -83,11 +83,23 @@ def columns_of(module: nn.Module, columns: tuple[int, int] | None = None) -> App
     """
 
     def apply(value: Tensor) -> Tensor:
+        if is_embedding(module):
+            _check_ids(module, value)
         result = first_tensor(module.forward(value))
         assert result is not None
         return result if columns is None else result[..., columns[0] : columns[1]]
 
     return apply
+
+
+def _check_ids(module: nn.Module, ids: Tensor) -> None:
+    """Ids outside the table: an error here, where it is one request's; on a GPU the lookup itself would end them all."""
+    limit = getattr(module, "org_vocab_size", None) or module.num_embeddings
+    limit -= getattr(module, "offset", 0)
+    if ids.is_floating_point():
+        raise TypeError(f"an embedding takes integer ids, not {ids.dtype}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+        raise IndexError(f"an embedding id is out of range: {int(ids.min())}..{int(ids.max())}, the table has {limit}")
 
 
 def activation_of(module: nn.Module) -> Apply:

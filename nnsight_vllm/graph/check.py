@@ -39,8 +39,31 @@ from nnsight_vllm.graph.order import Cursor
 
 MAX_DEPTH = 64
 DTYPES = frozenset(
-    "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 bool complex64 complex128 float half long int "
-    "double short uint16 uint32 uint64 float8_e4m3fn float8_e5m2".split()
+    [
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "bool",
+        "complex64",
+        "complex128",
+        "float",
+        "half",
+        "long",
+        "int",
+        "double",
+        "short",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+    ]
 )
 _HEX = frozenset("0123456789abcdef")
 

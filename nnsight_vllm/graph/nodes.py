@@ -7,8 +7,6 @@ definitions serve msgpack, JSON and printing. Nothing in here can name code: ope
 
 from __future__ import annotations
 
-from typing import Union
-
 from msgspec import Struct
 
 VERSION = 1
@@ -23,27 +21,27 @@ class Ref(Struct, frozen=True, tag="ref", forbid_unknown_fields=True):
 class Slice(Struct, frozen=True, tag="slice", forbid_unknown_fields=True):
     """`start:stop:step` inside an index."""
 
-    start: "Arg" = None
-    stop: "Arg" = None
-    step: "Arg" = None
+    start: Arg = None
+    stop: Arg = None
+    step: Arg = None
 
 
 class List(Struct, frozen=True, tag="list", forbid_unknown_fields=True):
     """A Python list."""
 
-    items: "list[Arg]"
+    items: list[Arg]
 
 
 class Tuple(Struct, frozen=True, tag="tuple", forbid_unknown_fields=True):
     """A Python tuple."""
 
-    items: "list[Arg]"
+    items: list[Arg]
 
 
 class Dict(Struct, frozen=True, tag="dict", forbid_unknown_fields=True):
     """A Python dict, as pairs: keys may be any scalar."""
 
-    items: "list[tuple[Arg, Arg]]"
+    items: list[tuple[Arg, Arg]]
 
 
 class Dots(Struct, frozen=True, tag="dots", forbid_unknown_fields=True):
@@ -62,14 +60,14 @@ class Special(Struct, frozen=True, tag="float", forbid_unknown_fields=True):
     text: str
 
 
-Arg = Union[Ref, Slice, List, Tuple, Dict, Dots, Dtype, Special, None, bool, int, float, str]
+Arg = Ref | Slice | List | Tuple | Dict | Dots | Dtype | Special | None | bool | int | float | str
 
 
 class Block(Struct, frozen=True, tag="block", forbid_unknown_fields=True):
     """Nodes in program order, and the values that leave the block."""
 
-    nodes: "list[Node]"
-    yields: "list[Arg]" = []
+    nodes: list[Node]
+    yields: list[Arg] = []
 
 
 class Read(Struct, frozen=True, tag="read", forbid_unknown_fields=True):
@@ -98,8 +96,8 @@ class Op(Struct, frozen=True, tag="op", forbid_unknown_fields=True):
 
     id: int
     name: str
-    args: "list[Arg]" = []
-    kwargs: "dict[str, Arg]" = {}
+    args: list[Arg] = []
+    kwargs: dict[str, Arg] = {}
     writes: str | None = None
 
 
@@ -115,7 +113,7 @@ class Call(Struct, frozen=True, tag="call", forbid_unknown_fields=True):
 
     id: int
     module: str
-    args: "list[Arg]"
+    args: list[Arg]
 
 
 class Save(Struct, frozen=True, tag="save", forbid_unknown_fields=True):
@@ -130,7 +128,7 @@ class Log(Struct, frozen=True, tag="log", forbid_unknown_fields=True):
     """Send the printed form of the arguments home."""
 
     id: int
-    args: "list[Arg]"
+    args: list[Arg]
 
 
 class Stop(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
@@ -161,7 +159,7 @@ class Loop(Struct, frozen=True, tag="loop", forbid_unknown_fields=True):
     item: int
     body: Block
     carried: list[int] = []
-    inits: "list[Arg]" = []
+    inits: list[Arg] = []
     outs: list[int] = []
 
 
@@ -179,7 +177,7 @@ class Iterations(Struct, frozen=True, tag="iterations", forbid_unknown_fields=Tr
     body: Block
 
 
-Node = Union[Read, Write, Op, Const, Call, Save, Log, Stop, Cond, Loop, Iterations]
+Node = Read | Write | Op | Const | Call | Save | Log | Stop | Cond | Loop | Iterations
 
 
 class Graph(Struct, frozen=True, tag="graph", forbid_unknown_fields=True):

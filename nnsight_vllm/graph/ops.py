@@ -85,12 +85,32 @@ ndim dtype attr
 """
 
 # Methods whose name ends in an underscore, in-place operators, and these change their first argument.
-_CONTAINER_WRITES = frozenset("py." + name for name in "append extend insert pop update".split())
+_CONTAINER_WRITES = frozenset("py." + name for name in ["append", "extend", "insert", "pop", "update"])
 
 RANDOM = frozenset(
-    "tensor.bernoulli tensor.multinomial tensor.bernoulli_ tensor.exponential_ tensor.normal_ tensor.random_ tensor.uniform_ "
-    "torch.bernoulli torch.dropout torch.multinomial torch.normal torch.rand torch.rand_like torch.randint torch.randint_like "
-    "torch.randn torch.randn_like torch.randperm torch.rrelu nn.dropout nn.gumbel_softmax".split()
+    [
+        "tensor.bernoulli",
+        "tensor.multinomial",
+        "tensor.bernoulli_",
+        "tensor.exponential_",
+        "tensor.normal_",
+        "tensor.random_",
+        "tensor.uniform_",
+        "torch.bernoulli",
+        "torch.dropout",
+        "torch.multinomial",
+        "torch.normal",
+        "torch.rand",
+        "torch.rand_like",
+        "torch.randint",
+        "torch.randint_like",
+        "torch.randn",
+        "torch.randn_like",
+        "torch.randperm",
+        "torch.rrelu",
+        "nn.dropout",
+        "nn.gumbel_softmax",
+    ]
 )
 
 

@@ -40,11 +40,15 @@ class Cursor:
         """Go to a site. Raises `OutOfOrderError` if the model has passed it."""
         target = Place(self.at.iteration if iteration is None else iteration, order)
         if self.at.ended:
-            raise OutOfOrderError(f"{site} comes after an unbounded iteration block; only tracer.result can be read there")
+            raise OutOfOrderError(
+                f"{site} comes after an unbounded iteration block; only tracer.result can be read there"
+            )
         if (iteration is None) != (self.inside is not None):
             raise OutOfOrderError(f"{site}: a fixed iteration inside an iterations block, or none outside of one")
         if self.at.is_after(target):
-            raise OutOfOrderError(f"{site} at iteration {target.iteration} has passed: the program is at {self._here()}")
+            raise OutOfOrderError(
+                f"{site} at iteration {target.iteration} has passed: the program is at {self._here()}"
+            )
         self._check_loop(site, target)
         self.at = target
 
@@ -91,7 +95,9 @@ class Cursor:
             if anchor is None:
                 self._loop_anchor[i] = (start, target)
             elif anchor != target:
-                raise OutOfOrderError(f"{site}: a loop over values may touch one site only; its second trip comes too late")
+                raise OutOfOrderError(
+                    f"{site}: a loop over values may touch one site only; its second trip comes too late"
+                )
 
     def _here(self) -> str:
         return (

@@ -6,8 +6,6 @@ that was sent before under the same name.
 
 from __future__ import annotations
 
-from typing import Union
-
 from msgspec import Struct
 
 
@@ -20,22 +18,22 @@ class TensorValue(Struct, frozen=True, tag="tensor"):
 
 
 class ListValue(Struct, frozen=True, tag="list"):
-    items: "list[Value]"
+    items: list[Value]
 
 
 class TupleValue(Struct, frozen=True, tag="tuple"):
-    items: "list[Value]"
+    items: list[Value]
 
 
 class DictValue(Struct, frozen=True, tag="dict"):
-    items: "list[tuple[Value, Value]]"
+    items: list[tuple[Value, Value]]
 
 
 class DtypeValue(Struct, frozen=True, tag="dtype"):
     name: str
 
 
-Value = Union[TensorValue, ListValue, TupleValue, DictValue, DtypeValue, None, bool, int, float, str]
+Value = TensorValue | ListValue | TupleValue | DictValue | DtypeValue | None | bool | int | float | str
 
 
 class Saved(Struct, frozen=True):

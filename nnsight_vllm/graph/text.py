@@ -84,7 +84,9 @@ def _node(node: Node, indent: str) -> Iterator[str]:
                 yield f"{indent}else"
                 yield from _block(node.orelse, indent + "  ")
         case Loop():
-            carried = ", ".join(f"%{id} = {render_arg(init)}" for id, init in zip(node.carried, node.inits, strict=True))
+            carried = ", ".join(
+                f"%{id} = {render_arg(init)}" for id, init in zip(node.carried, node.inits, strict=True)
+            )
             carrying = f" carrying {carried}" if carried else ""
             yield f"{indent}{_outs(node.outs)}loop %{node.item} in {render_arg(node.over)}{carrying}"
             yield from _block(node.body, indent + "  ")

@@ -29,7 +29,9 @@ class CondBlock:
         self._handle = self._recorder.flow.begin_cond(self._test)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._handle is not None
         if kind is None:
             self._recorder.flow.end_cond(self._handle, [])
@@ -58,7 +60,9 @@ class ElseBlock:
     def __enter__(self) -> None:
         self._recorder.flow.resume_else(self._handle)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._recorder.flow.close_else(self._handle)
 

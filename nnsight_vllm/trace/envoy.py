@@ -131,7 +131,7 @@ class Envoy:
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: object, **kwargs: object) -> Proxy:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Apply the module to a value, ad hoc: its sites don't fire, the value isn't modified."""
         if len(args) != 1 or kwargs:
             raise RefusedError(f"{self.path or 'the model'} is called with one value; {user_line()}")

@@ -120,7 +120,9 @@ class Flow:
         outs = [recorder.new_id() for _ in values]
         body = Block(nodes, yields)
         recorder.add(Loop(handle.id, handle.over, handle.item, body, handle.carried, handle.inits, outs))
-        return [Proxy(recorder, out, _value_metas(value), recorder.scope) for out, value in zip(outs, values, strict=True)]
+        return [
+            Proxy(recorder, out, _value_metas(value), recorder.scope) for out, value in zip(outs, values, strict=True)
+        ]
 
     # -- iterations ------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,9 @@ class IterationBlock:
         first = recorder.places.cursor.at.iteration if start is None else start
         return recorder.flow.begin_iterations(first, stop, step, self._within)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             current("tracer.iter").flow.end_iterations()
         else:

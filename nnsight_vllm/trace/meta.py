@@ -24,10 +24,7 @@ UNKNOWN: Final = Unknown()
 
 # Operations that look at data, so meta tensors can't run them.
 DATA_DEPENDENT: Final = frozenset(
-    "tensor.item tensor.tolist tensor.nonzero torch.nonzero tensor.masked_select torch.masked_select tensor.unique "
-    "torch.unique tensor.unique_consecutive torch.unique_consecutive tensor.equal tensor.allclose torch.allclose "
-    "tensor.bincount torch.bincount py.int py.float py.bool py.str tensor.histc torch.histc "
-    "torch.tensor tensor.is_nonzero torch.combinations".split()
+    ["tensor.item", "tensor.tolist", "tensor.nonzero", "torch.nonzero", "tensor.masked_select", "torch.masked_select", "tensor.unique", "torch.unique", "tensor.unique_consecutive", "torch.unique_consecutive", "tensor.equal", "tensor.allclose", "torch.allclose", "tensor.bincount", "torch.bincount", "py.int", "py.float", "py.bool", "py.str", "tensor.histc", "torch.histc", "torch.tensor", "tensor.is_nonzero", "torch.combinations"]
 )
 
 

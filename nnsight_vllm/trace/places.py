@@ -142,7 +142,9 @@ class Places:
         self._check_within(site)
         target = None if self.block is not None else self._effective(site.path)
         if target is not None and self._max_tokens is not None and target >= self._max_tokens:
-            raise RecordError(f"{site.name}: iteration {target} never runs, max_tokens is {self._max_tokens}; {user_line()}")
+            raise RecordError(
+                f"{site.name}: iteration {target} never runs, max_tokens is {self._max_tokens}; {user_line()}"
+            )
         before = self.cursor.at
         try:
             self.cursor.touch(site.name, site.order, target)
@@ -246,6 +248,6 @@ class Places:
 
 def _fits(given: torch.Size, own: torch.Size) -> bool:
     try:
-        return bool(torch.broadcast_shapes(given, own) == own)  # type: ignore[no-untyped-call]
+        return bool(torch.broadcast_shapes(given, own) == own)
     except RuntimeError:
         return False

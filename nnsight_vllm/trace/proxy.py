@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from nnsight_vllm.trace.scope import Scope
 
 _PROPERTIES = frozenset({"T", "mT", "H", "mH", "real"})
-_FIELDS = frozenset({"values", "indices", "eigenvalues", "eigenvectors", "Q", "R", "U", "S", "Vh", "V", "sign", "logabsdet"})
+_FIELDS = frozenset(
+    {"values", "indices", "eigenvalues", "eigenvectors", "Q", "R", "U", "S", "Vh", "V", "sign", "logabsdet"}
+)
 _MOVES = frozenset({"cpu", "cuda"})
 _CONTAINER_METHODS = frozenset({"append", "extend", "insert", "pop", "update", "keys", "values", "items"})
 _GRADIENTS = frozenset({"backward", "grad", "requires_grad_", "retain_grad", "register_hook"})
@@ -416,17 +418,17 @@ def _refused(what: str) -> Callable[..., NoReturn]:
 
 
 def _install_operators() -> None:
-    arithmetic = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+    arithmetic = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
     for bare in arithmetic:
         function = getattr(operator, f"__{bare}__")
         setattr(Proxy, f"__{bare}__", _binary(f"py.{bare}", function, reflected=False))
         setattr(Proxy, f"__r{bare}__", _binary(f"py.{bare}", function, reflected=True))
         setattr(Proxy, f"__i{bare}__", _inplace(f"py.i{bare}", getattr(operator, f"__i{bare}__")))
-    for bare in "eq ne lt le gt ge".split():
+    for bare in ["eq", "ne", "lt", "le", "gt", "ge"]:
         setattr(Proxy, f"__{bare}__", _binary(f"py.{bare}", getattr(operator, bare), reflected=False))
-    for bare in "neg pos invert abs".split():
+    for bare in ["neg", "pos", "invert", "abs"]:
         setattr(Proxy, f"__{bare}__", _unary(f"py.{bare}", getattr(operator, bare)))
-    for bare in "divmod complex delitem enter exit".split():
+    for bare in ["divmod", "complex", "delitem", "enter", "exit"]:
         setattr(Proxy, f"__{bare}__", _refused(f"__{bare}__"))
     Proxy.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
 

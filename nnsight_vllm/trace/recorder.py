@@ -78,7 +78,9 @@ class Recorder:
         self.used.add(proxy._node)
         return self.replaced.get(proxy._node, Ref(proxy._node))
 
-    def op(self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> Proxy:
+    def op(
+        self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Proxy:
         """Record one operation. `function` is its local twin, run on meta tensors for shapes and aliasing."""
         if name not in OPS:
             raise RefusedError(f"{name} isn't an operation that a graph can hold; {user_line()}")
@@ -140,7 +142,12 @@ class Recorder:
     # -- private ---------------------------------------------------------------------------------------------------------
 
     def _meta(
-        self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object], variant: int
+        self,
+        name: str,
+        function: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        variant: int,
     ) -> object:
         plain_args, plain_kwargs = resolve(args, variant), resolve(kwargs, variant)
         assert isinstance(plain_args, tuple) and isinstance(plain_kwargs, dict)

@@ -69,7 +69,9 @@ class Invoke(Recording):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         try:
             if not self._leave_block(kind):
                 return False
@@ -109,7 +111,7 @@ class Tracer(Recording):
 
     def __enter__(self) -> Self:
         if find_spec("einops") is not None:
-            from nnsight_vllm.trace import einops_backend as _  # einops finds the backend by itself
+            pass  # einops finds the backend by itself
         if active.is_recording():
             raise RefusedError(f"a trace can't be opened inside another one; {user_line()}")
         if self._only is not None:
@@ -121,7 +123,9 @@ class Tracer(Recording):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         try:
             if not self._leave_block(kind):
                 return False
@@ -140,7 +144,9 @@ class Tracer(Recording):
         requests = [invoke.request() for invoke in self.invokes]
         outcomes = self.backend.run(requests, self.constants.data) if requests else []
         errors = [
-            error for invoke, outcome in zip(self.invokes, outcomes, strict=True) for error in self._settle(invoke, outcome)
+            error
+            for invoke, outcome in zip(self.invokes, outcomes, strict=True)
+            for error in self._settle(invoke, outcome)
         ]
         deliver(self._frame)
         if len(errors) == 1:
@@ -169,7 +175,9 @@ class Tracer(Recording):
     def invoke(self, *inputs: object, **arguments: object) -> Invoke:
         """One request of this trace; sampling arguments override the trace's."""
         if self._only is not None:
-            raise RefusedError(f"the trace has a prompt, so it is one request: give prompts to invokes only; {user_line()}")
+            raise RefusedError(
+                f"the trace has a prompt, so it is one request: give prompts to invokes only; {user_line()}"
+            )
         if active.is_recording():
             raise RefusedError(f"an invoke can't be opened inside another one; {user_line()}")
         return Invoke(self, inputs, {**self._arguments, **arguments})
@@ -227,7 +235,9 @@ def _error(recorder: Recorder, failure: Failure) -> InterventionError:
     kind: type[NNsightError] = PreemptedError if failure.kind == "PreemptedError" else InterventionError
     line = recorder.lines.get(failure.node) if failure.node is not None else None
     what = (
-        failure.message if failure.kind in {"PreemptedError", "InterventionError"} else f"{failure.kind}: {failure.message}"
+        failure.message
+        if failure.kind in {"PreemptedError", "InterventionError"}
+        else f"{failure.kind}: {failure.message}"
     )
     error: Any = kind(f"{what}; {line}" if line else what)
     error.retryable = failure.retryable

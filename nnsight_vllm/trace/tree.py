@@ -16,7 +16,9 @@ class Tree:
         self.catalogue = catalogue
         self.modules: dict[str, ModuleInfo] = {module.path: module for module in catalogue.modules}
         for site in catalogue.sites:  # logits and samples are sites without a module
-            self.modules.setdefault(site.path, ModuleInfo(site.path, site.path.capitalize(), refuse_call="it isn't a module"))
+            self.modules.setdefault(
+                site.path, ModuleInfo(site.path, site.path.capitalize(), refuse_call="it isn't a module")
+            )
         self.sites: dict[tuple[str, str], SiteInfo] = {(site.path, site.port): site for site in catalogue.sites}
         self._by_order = {site.order: site for site in catalogue.sites}
         self._children: dict[str, list[str]] = {}
@@ -40,7 +42,9 @@ class Tree:
         parent, _, name = path.rpartition(".")
         while parent and parent not in self.modules:
             parent, _, name = parent.rpartition(".")
-        raise UnknownModuleError(f"{parent or 'the model'} has no module {name!r}{self._near(parent, path)}; {user_line()}")
+        raise UnknownModuleError(
+            f"{parent or 'the model'} has no module {name!r}{self._near(parent, path)}; {user_line()}"
+        )
 
     def site(self, path: str, port: Port) -> SiteInfo:
         """The site at a module's port. Raises with the reason if there is none."""
@@ -49,7 +53,9 @@ class Tree:
             return known
         module = self.module(path)
         reason = module.refusals.get(port) or "the module doesn't fire on its own"
-        raise RefusedError(f"{f'{path}.' if path else 'the model, .'}{port} can't be read or set: {reason}; {user_line()}")
+        raise RefusedError(
+            f"{f'{path}.' if path else 'the model, .'}{port} can't be read or set: {reason}; {user_line()}"
+        )
 
     def _near(self, parent: str, path: str) -> str:
         name = path.removeprefix(parent + ".").split(".")[0] if parent else path.split(".")[0]

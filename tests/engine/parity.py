@@ -120,8 +120,11 @@ class Reference:
         ).eval()
         self.fired: list[str] = []
 
-    def run(self, prompt: list[int], edits: dict[str, Edit], names: list[str]) -> Values:
-        """Values of the named sites (those that transformers has), and in `fired` the order they came in."""
+    def run(self, prompt: list[int], edits: dict[str, Edit], names: list[str], inplace: bool = False) -> Values:
+        """Values of the named sites (those that transformers has), and in `fired` the order they came in.
+
+        An edit gives the module another tensor, or with `inplace` changes the one it was given.
+        """
         values: Values = {}
         self.fired = []
         handles = []
@@ -130,7 +133,7 @@ class Reference:
             if path not in dict(self.model.named_modules()):
                 continue
             module = self.model.get_submodule(path)
-            keep = _Keep(name, len(prompt), edits.get(name), values, self.fired)
+            keep = _Keep(name, len(prompt), edits.get(name), inplace, values, self.fired)
             if port == "input":
                 handles.append(module.register_forward_pre_hook(keep.input, with_kwargs=True))
             else:
@@ -159,8 +162,11 @@ def _without_patches(model: nn.Module) -> Iterator[None]:
 
 
 class _Keep:
-    def __init__(self, name: str, rows: int, edit: Edit | None, values: Values, fired: list[str]) -> None:
-        self.name, self.rows, self.edit, self.values, self.fired = name, rows, edit, values, fired
+    def __init__(
+        self, name: str, rows: int, edit: Edit | None, inplace: bool, values: Values, fired: list[str]
+    ) -> None:
+        self.name, self.rows, self.edit, self.inplace = name, rows, edit, inplace
+        self.values, self.fired = values, fired
 
     def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], Tensor):
@@ -184,7 +190,9 @@ class _Keep:
         new = plain if self.edit is None else self.edit(plain.clone())
         self.values[self.name] = new.clone()
         self.fired.append(self.name)
-        if self.edit is None:
+        if self.inplace and self.edit is not None:
+            plain.copy_(new)
+        if self.inplace or self.edit is None:
             return value
         back = new.transpose(0, 1) if turned else new
         return back[None] if value.shape[0] == 1 else back

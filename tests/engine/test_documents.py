@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -39,7 +39,9 @@ def test_clean_and_corrupted_logits(vllm: VLLM) -> None:
 
 
 def test_the_samples_then_logits_loop(vllm: VLLM) -> None:
-    with vllm.trace("Madison Square Garden is located in the city of", temperature=0.8, top_p=0.95, max_tokens=3) as tracer:
+    with vllm.trace(
+        "Madison Square Garden is located in the city of", temperature=0.8, top_p=0.95, max_tokens=3
+    ) as tracer:
         samples = nnsight.list().save()
         logits = nnsight.list().save()
 
@@ -115,7 +117,8 @@ def test_modules_applied_out_of_order_and_a_softmax(vllm: VLLM) -> None:
     with vllm.trace("The Eiffel Tower is in the city of", max_tokens=1, temperature=0.0) as tracer:
         hidden_states = vllm.model.layers[-1].output[0]
         hidden_states = vllm.lm_head(vllm.model.norm(hidden_states)).save()
-        tokens = torch.softmax(hidden_states, dim=-1).argmax(dim=-1).save()
+        tokens: Any = torch.softmax(hidden_states, dim=-1).argmax(dim=-1)
+        tokens = tokens.save()
         result = tracer.result.save()
     assert hidden_states.shape == (9, 49152)
     assert int(tokens[-1]) == result.token_ids[0]

@@ -34,7 +34,9 @@ PROMPT = [5 + i % 90 for i in range(70)]
         {"runner": "pooling"},
     ],
 )
-def test_a_setting_that_graphs_do_not_support_is_refused_by_name_before_the_engine_starts(setting: dict[str, Any]) -> None:
+def test_a_setting_that_graphs_do_not_support_is_refused_by_name_before_the_engine_starts(
+    setting: dict[str, Any],
+) -> None:
     (name,) = setting
     with pytest.raises(EngineSettingError, match=name):
         VLLM("no-such-checkpoint", **setting)
@@ -57,7 +59,12 @@ def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
     engines: Engines, tiny_checkpoint: Callable[[str], str]
 ) -> None:
     model = engines(
-        tiny_checkpoint("llama"), enforce_eager=True, max_model_len=256, max_num_seqs=4, num_gpu_blocks_override=12, block_size=32
+        tiny_checkpoint("llama"),
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        num_gpu_blocks_override=12,
+        block_size=32,
     )
     results: list[Any] = []
     with pytest.raises((PreemptedError, ExceptionGroup)) as caught:
@@ -78,7 +85,9 @@ def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
 def test_edited_state_never_reaches_the_prefix_cache_of_others(
     engines: Engines, tiny_checkpoint: Callable[[str], str]
 ) -> None:
-    model = engines(tiny_checkpoint("llama"), enforce_eager=True, max_model_len=128, max_num_batched_tokens=128, block_size=32)
+    model = engines(
+        tiny_checkpoint("llama"), enforce_eager=True, max_model_len=128, max_num_batched_tokens=128, block_size=32
+    )
 
     def plain() -> Any:
         with model.trace(PROMPT, temperature=0.0, max_tokens=4, logprobs=1) as tracer:

@@ -122,7 +122,13 @@ def test_walking_finds_nodes_constants_and_written_sites_inside_blocks() -> None
         ([Call(0, "model.layers.0", [1])], "passes a residual"),
         ([Call(0, "nowhere", [1])], "no module"),
         ([Read(0, MLP), Op(1, "py.add", [Ref(0), 1], writes=MLP)], "doesn't work in place"),
-        ([Read(0, "model.layers.0.self_attn.q_proj.input"), Op(1, "tensor.zero_", [Ref(0)], writes="model.layers.0.self_attn.q_proj.input")], "assign by value"),
+        (
+            [
+                Read(0, "model.layers.0.self_attn.q_proj.input"),
+                Op(1, "tensor.zero_", [Ref(0)], writes="model.layers.0.self_attn.q_proj.input"),
+            ],
+            "assign by value",
+        ),
         ([Op(0, "tensor.to", [1, Dtype("__import__")])], "no dtype"),
         ([Op(0, "py.add", [1, Special("os")])], "no special float"),
         ([Cond(0, True, Block([Read(1, MLP)]), Block([])), Save(2, "s", Ref(1))], "value 1 isn't defined"),
@@ -185,7 +191,17 @@ def test_deep_nesting_is_an_error_not_a_crash() -> None:
 
 
 def test_operations_that_leave_the_tensor_world_do_not_exist() -> None:
-    for name in ("numpy", "data_ptr", "storage", "untyped_storage", "resize_", "set_", "share_memory_", "as_strided", "apply_"):
+    for name in (
+        "numpy",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+        "resize_",
+        "set_",
+        "share_memory_",
+        "as_strided",
+        "apply_",
+    ):
         assert f"tensor.{name}" not in OPS
     for name in ("load", "save", "from_file", "empty", "empty_like", "compile", "set_default_device", "hub"):
         assert f"torch.{name}" not in OPS

@@ -119,7 +119,9 @@ def test_a_write_through_a_place_that_was_assigned_anew_is_refused() -> None:
 
 def test_two_layers_in_the_wrong_order_raise_with_file_and_line() -> None:
     model = FakeModel()
-    with pytest.raises(OutOfOrderError, match=r"layers\.0\.output comes before model\.layers\.1\.output.*_recording\.py:\d"):
+    with pytest.raises(
+        OutOfOrderError, match=r"layers\.0\.output comes before model\.layers\.1\.output.*_recording\.py:\d"
+    ):
         with model.trace(PROMPT):
             _l2 = model.model.layers[1].output.save()
             _l1 = model.model.layers[0].output.save()
@@ -261,7 +263,7 @@ def test_if_else_yields_names_and_keeps_one_path_names_from_use() -> None:
     model = FakeModel()
     with model.trace(PROMPT):
         h = model.model.layers[0].output[0]
-        if h.sum() > 0:
+        if h.sum() > 0:  # noqa: SIM108
             scale = h[0, 0]
         else:
             scale = h[1, 1] * 2

@@ -32,7 +32,7 @@ def test_at_module_level_and_in_exec_without_source() -> None:
     names: dict[str, Any] = {"model": FakeModel(s0=VALUE)}
     exec("with model.trace('a b'):\n    x = model.model.layers[0].output[0].save()\n", names)
     assert torch.equal(names["x"], VALUE)
-    with pytest.raises(ControlFlowError, match="truth of this value isn't known while recording \\(.*source"):
+    with pytest.raises(ControlFlowError, match=r"truth of this value isn't known while recording \(.*source"):
         exec("with model.trace('a b'):\n    if model.model.layers[0].output[0].sum() > 0:\n        y = 1\n", names)
 
 
@@ -85,7 +85,7 @@ def test_in_a_method_and_in_several_invokes_of_a_loop() -> None:
 
 def test_in_ipython() -> None:
     shell_module = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is a development dependency")
-    shell = shell_module.InteractiveShell()
+    shell = shell_module.InteractiveShell.instance()
     shell.push({"model": FakeModel(s0=VALUE)})
     result = shell.run_cell(
         "with model.trace('a b'):\n"
@@ -96,7 +96,7 @@ def test_in_ipython() -> None:
     )
     result.raise_error()
     assert torch.equal(shell.user_ns["x"], VALUE)
-    shell.atexit_operations() if hasattr(shell, "atexit_operations") else None
+    shell_module.InteractiveShell.clear_instance()
 
 
 def test_an_exception_in_a_rewritten_block_shows_the_users_line() -> None:
