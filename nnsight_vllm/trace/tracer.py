@@ -28,6 +28,8 @@ from nnsight_vllm.trace.source import user_frame, user_line
 if TYPE_CHECKING:
     from typing import Self
 
+_HAS_EINOPS = find_spec("einops") is not None
+
 
 class Recording:
     """A `with` block that records: runs it natively, or rewritten where its control flow needs that."""
@@ -110,8 +112,8 @@ class Tracer(Recording):
     # -- the block -------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if find_spec("einops") is not None:
-            pass  # einops finds the backend by itself
+        if _HAS_EINOPS:
+            import nnsight_vllm.trace.einops_backend  # noqa: F401  (einops finds the backend by itself)
         if active.is_recording():
             raise RefusedError(f"a trace can't be opened inside another one; {user_line()}")
         if self._only is not None:
