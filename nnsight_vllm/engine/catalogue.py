@@ -8,7 +8,7 @@ from torch import nn
 
 from nnsight_vllm.engine import views
 from nnsight_vllm.engine.calls import Calls
-from nnsight_vllm.engine.modules import Part, blocks
+from nnsight_vllm.engine.modules import Part
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _refusal(model: Instrumented, path: str, part: Part | None, port: str) -> st
         return _DROPOUT
     if "Rotary" in type(part.module).__name__:
         return _ROTARY
-    if views.is_experts(part.module) and port == "input" or _is_in_experts(model, path):
+    if (views.is_experts(part.module) and port == "input") or _is_in_experts(model, path):
         return _EXPERT
     if part.host is None:
         return _ABSENT

@@ -6,6 +6,8 @@ before vLLM's output processor looks at them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +60,17 @@ class Collector:
         self._processor = llm.llm_engine.output_processor
         self._original = self._processor.process_outputs
         self._found: dict[str, dict[int, Collected]] = {}
+        self._is_collecting = False
         self._processor.process_outputs = self.process_outputs
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep what comes, for `take`. Requests sent past our front end have nobody who would take theirs."""
+        self._is_collecting = True
+        try:
+            yield
+        finally:
+            self._is_collecting = False
 
     def take(self, request_id: str, count: int) -> list[Collected]:
         """What the samples of a finished request sent home."""
@@ -89,9 +101,10 @@ class Collector:
             return False
         data, output.pooling_output = output.pooling_output, None
         delta = decode_delta(memoryview(data.numpy()))
-        parent = state.parent_req
-        public_id = parent.external_req_id if parent is not None else state.external_req_id
-        self._found.setdefault(public_id, {}).setdefault(state.request_index, Collected()).add(delta)
+        if self._is_collecting:
+            parent = state.parent_req
+            public_id = parent.external_req_id if parent is not None else state.external_req_id
+            self._found.setdefault(public_id, {}).setdefault(state.request_index, Collected()).add(delta)
         return (delta.stopped or delta.failure is not None) and self._end(output, delta)
 
     @staticmethod

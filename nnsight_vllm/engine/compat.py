@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnsight_vllm.engine import taps
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.engine.executor import Executor
+from nnsight_vllm.engine.recycling import Recycling, clear_blocks
 from nnsight_vllm.engine.requests import Arrival, Span
 from nnsight_vllm.errors import EngineSettingError, PreemptedError
 
@@ -91,6 +92,7 @@ class Seam:
         self._runner = runner
         self._has_graphs = False  # in this step
         self._is_armed = False  # for the step's first `compute_logits`; later ones are prompt logprobs
+        self._recycling = Recycling()
         _wrap(runner, "execute_model", self._execute_model)
         _wrap(runner, "_determine_batch_execution_and_padding", self._choose_cuda_graph)
         _wrap(runner, "_model_forward", self._model_forward)
@@ -111,6 +113,9 @@ class Seam:
         for request_id in scheduled.scheduled_cached_reqs.resumed_req_ids:
             executor.fail(request_id, PreemptedError("the engine evicted the request to free memory; send it again"))
         known = executor.requests
+        stale = self._recycling.step(_fresh_blocks(scheduled, self._runner), known)
+        if stale:
+            clear_blocks(self._runner.kv_caches, stale, self._runner.kv_cache_config.num_blocks)
         self._has_graphs = bool(known) and any(id in known for id in scheduled.num_scheduled_tokens)
         return execute(scheduled, *args, **kwargs)
 
@@ -186,6 +191,26 @@ def _arrivals(scheduled: Any, runner: Any) -> Iterator[Arrival]:
             seed = secrets.randbits(63) if params.seed is None else params.seed
             prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
             yield Arrival(new.req_id, graph, len(prompt), seed, _refusal(params, runner))
+
+
+def _fresh_blocks(scheduled: Any, runner: Any) -> Iterator[tuple[str, list[int]]]:
+    """KV blocks that requests get in this step; those found in the prefix cache aren't fresh."""
+    for new in scheduled.scheduled_new_reqs:
+        yield new.req_id, _without_hits(new.block_ids, new.num_computed_tokens, runner)
+    cached = scheduled.scheduled_cached_reqs
+    for request_id, blocks, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if blocks is not None:
+            is_resumed = request_id in cached.resumed_req_ids
+            yield request_id, _without_hits(blocks, computed if is_resumed else 0, runner)
+
+
+def _without_hits(blocks: Any, computed: int, runner: Any) -> list[int]:
+    """The blocks of all groups behind the first `computed` tokens."""
+    groups = runner.kv_cache_config.kv_cache_groups
+    fresh = [ids[computed // group.kv_cache_spec.block_size :] for ids, group in zip(blocks, groups, strict=True)]
+    return [block for ids in fresh for block in ids]
 
 
 def _refusal(params: Any, runner: Any) -> str:

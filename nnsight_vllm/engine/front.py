@@ -126,7 +126,8 @@ class Engine:
         prompts = [self._prompt(request) for request in requests]
         params = [self._params(request) for request in requests]
         try:
-            return list(self.llm.generate(prompts, params, use_tqdm=False))
+            with self.collector.collecting():
+                return list(self.llm.generate(prompts, params, use_tqdm=False))
         except BaseException as error:
             self._abort_all()
             if isinstance(error, ValueError | TypeError):  # vLLM's own admission

@@ -76,8 +76,8 @@ def wrap_head(processor: nn.Module, number: int) -> None:
 def _before(tap: Tap) -> Callable[..., Any]:
     """Hook on a module's arguments. It hands on copies where others use the same tensors."""
     operator, number, copies = taps.operator(len(tap.read), len(tap.write)), tap.number, tap.copies
-    positions = tuple((i, s.key) for i, s in enumerate(tap.write) if s.kind == "argument")
-    keywords = tuple((i, s.key) for i, s in enumerate(tap.write) if s.kind == "keyword")
+    positions = tuple((i, s.key) for i, s in enumerate(tap.write) if isinstance(s.key, int))
+    keywords = tuple((i, s.key) for i, s in enumerate(tap.write) if isinstance(s.key, str))
     finders = tuple(_finder(source, []) for source in tap.write)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

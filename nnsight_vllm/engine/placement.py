@@ -9,67 +9,38 @@ reads the tensor, else in a copy made for the container.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msgspec import structs
 from torch import Tensor, nn
 
 from nnsight_vllm.engine import views
 from nnsight_vllm.engine.groups import find_gated, find_normed, place_gated, place_normed
 from nnsight_vllm.engine.hooks import Source, Tap
+from nnsight_vllm.engine.ledger import SHARED_INPUT, Ledger
 from nnsight_vllm.engine.modules import Part
-from nnsight_vllm.engine.sites import Apply, Argument, Direct, Refresh, Site, Slot, Stream
-from nnsight_vllm.engine.survey import Firing, Survey, is_same
-from nnsight_vllm.graph.catalogue import Port, SiteInfo
+from nnsight_vllm.engine.sites import Apply, Direct, Slot
+from nnsight_vllm.engine.survey import Firing, is_same
 
-SHARED_INPUT = (
-    "{path}.input is a tensor that other modules use too, and Hugging Face's in-place edit would reach them all; "
-    "assign it by value ({path}.input = x.clone() ...), which changes what this module sees and nothing else"
-)
 CHANGED_BY_INPUT = "{path}.output is what {other}.input is; assign that one"
 
 
-@dataclass(frozen=True)
-class Held:
-    """A value that lies in a slot of a tap since some moment of the survey."""
-
-    tap: Tap
-    slot: Slot
-    value: Tensor
-    since: int
-
-
-@dataclass
-class Placement:
-    """The walk's state and its result: `taps` in firing order, `sites` in firing order, `refusals` by site name."""
-
-    parts: dict[str, Part]
-    raw: dict[str, str]
-    blocks: list[str]
-    model: nn.Module
-    survey: Survey
-    reference: list[str]
-    selected: Callable[[str], bool]
-    taps: list[Tap] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    refusals: dict[str, str] = field(default_factory=dict)
-    held: list[Held] = field(default_factory=list)
-    numbers: int = 0
+class Placement(Ledger):
+    """The walk. Its result: `taps` and `sites` in firing order, `refusals` by site name."""
 
     def __post_init__(self) -> None:
-        self.bases = [path for path in self.parts if path and self._is_base(path)]
-        self.by_host: dict[str, list[Part]] = {}
-        for part in self.parts.values():
-            if part.host and part.path not in self.bases:
-                self.by_host.setdefault(part.host, []).append(part)
+        super().__post_init__()
         self.gated = find_gated(self.survey, self.by_host, self.model)
         self.normed = find_normed(self.survey, self.by_host, self.model)
         self.wanted = self._wanted_hosts()
         self.scaled: list[Part] = []
+        self.is_paired = self._keeps_pairs()
 
     def walk(self) -> None:
         """Place the sites of every selected module that fires once."""
+        for host in self.wanted:
+            if len(self.survey.of(host)) > 1:
+                for part in self.by_host[host]:
+                    self.refuse(part.path, f"{part.path} runs several times in one forward")
         once = [f for f in self.survey.firings if f.path in self.wanted and len(self.survey.of(f.path)) == 1]
         moments: list[tuple[int, Callable[[Firing], None], Firing]] = []
         for firing in once:
@@ -77,16 +48,15 @@ class Placement:
         for _, act, firing in sorted(moments, key=lambda moment: moment[0]):
             act(firing)
         self._base_outputs()
-
-    def _is_base(self, path: str) -> bool:
-        """Whether the module contains all blocks: the base model, or its decoder."""
-        inside = any(block.startswith(f"{path}.") for block in self.blocks)
-        return inside and not isinstance(self.parts[path].module, nn.ModuleList)
+        used = {site.tap for site in self.sites}
+        self.taps = [tap for tap in self.taps if tap.number in used]
 
     def _wanted_hosts(self) -> set[str]:
         """vLLM modules with something selected on them; a gated activation and its linear go together."""
         wanted = {host for host, parts in self.by_host.items() if any(self.selected(p.path) for p in parts)}
         wanted |= {host for path, host in self.raw.items() if self.selected(path) and host in self.by_host}
+        if any(_is_scaled(part.module) for host in wanted for part in self.by_host[host]):
+            wanted.add(self.parts[self.blocks[0]].host or "")
         groups = [{activation, linear} for activation, linear in self.gated.items()]
         groups += [{linear, *(norm.firing.path for norm in norms)} for linear, norms in self.normed.values()]
         return wanted.union(*(group for group in groups if group & wanted))
@@ -95,6 +65,12 @@ class Placement:
         """Whether a later module's tap serves this one."""
         in_normed = any(host == linear or host in [n.firing.path for n in ns] for linear, ns in self.normed.values())
         return in_normed or host in self.gated.values()
+
+    def _keeps_pairs(self) -> bool:
+        """Whether blocks hand on the stream in two parts: the second thing they return is used after them."""
+        fired = self.survey.of(self.parts[self.blocks[0]].host or "")
+        residual = self._residual_of(fired[0].output) if fired else None
+        return residual is not None and not self.survey.is_exclusive(residual, fired[0].end, fired[0].path)
 
     # -- moments
 
@@ -113,7 +89,7 @@ class Placement:
             linear, norms = self.normed[firing.path]
             place_normed(self, firing, self.survey.of(linear)[0], norms)
         elif views.is_gated(self.model.get_submodule(firing.path)):
-            self._refuse(parts[0].path, f"vLLM fuses {parts[0].path} in a way that can't be told apart")
+            self.refuse(parts[0].path, f"vLLM fuses {parts[0].path} in a way that can't be told apart")
         elif not views.is_leaf(self.model.get_submodule(firing.path), parts[0].module):
             return
         elif not self._is_grouped(firing.path):
@@ -126,30 +102,30 @@ class Placement:
     # -- containers
 
     def _container_input(self, part: Part, firing: Firing) -> None:
-        pairs = [(where, t) for where, t in firing.tensors() if t.is_floating_point() and self._is_rows(t)]
+        pairs = [(where, t) for where, t in firing.tensors() if t.is_floating_point() and self.is_rows(t)]
         if not pairs:
             self.refusals[f"{part.path}.input"] = f"vLLM calls {part.path} without one tensor of rows"
             return
-        pairs = pairs[:2] if part.path in self.blocks else pairs[:1]
+        pairs = pairs[:2] if part.path in self.blocks and self.is_paired else pairs[:1]
         values = [t for _, t in pairs]
-        shared = not all(self.survey.is_exclusive(t, self._since(t, firing.start), firing.path) for t in values)
-        slots = None if shared else self._find(values, firing.start)
+        shared = not all(self.survey.is_exclusive(t, self.since(t, firing.start), firing.path) for t in values)
+        slots = None if shared else self.find(values, firing.start)
         if slots is None:
             sources = [Source("argument" if isinstance(where, int) else "keyword", where) for where, _ in pairs]
             tap = self.new_tap(firing.path, [], sources, before=True, copies=shared)
             slots = (tap, self.hold(tap, 0, values, firing.start))
         self._scaled_outputs(*slots)
         inplace = SHARED_INPUT.format(path=part.path) if shared and part.path not in self.blocks else ""
-        self._add_value(part.path, "input", slots, refuse_inplace=inplace)
+        self.add_value(part.path, "input", slots, refuse_inplace=inplace)
 
     def _container_output(self, part: Part, firing: Firing) -> None:
         value = views.first_tensor(firing.output)
-        if value is None or not self._is_rows(value):
+        if value is None or not self.is_rows(value):
             self.refusals[f"{part.path}.output"] = f"vLLM's {part.path} doesn't return one tensor of rows"
             return
-        pair = part.path in self.blocks and self._residual_of(firing.output)
-        values = [value] if not isinstance(pair, Tensor) else [value, pair]
-        slots = self._find(values, firing.end)
+        residual = self._residual_of(firing.output) if part.path in self.blocks and self.is_paired else None
+        values = [value] if residual is None else [value, residual]
+        slots = self.find(values, firing.end)
         if slots is None:
             where = [Source("output", i if isinstance(firing.output, tuple) else None) for i in range(len(values))]
             moved = self._absorb(value, firing.end) if len(values) == 2 else []
@@ -157,7 +133,7 @@ class Placement:
             slots = (tap, self.hold(tap, 0, values, firing.end))
             for site in moved:
                 site.tap = tap.number
-        self._add_value(part.path, "output", slots, structure=self._structure(part))
+        self.add_value(part.path, "output", slots, structure=self._structure(part))
 
     def _residual_of(self, output: Any) -> Tensor | None:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
@@ -167,7 +143,7 @@ class Placement:
     def _absorb(self, hidden: Tensor, now: int) -> list[Direct]:
         """Take away the last tap if all it served is `hidden`, which the caller's new tap serves too."""
         last = self.taps[-1] if self.taps else None
-        if last is None or len(last.write) != 1 or self._find([hidden], now) is None:
+        if last is None or len(last.write) != 1 or self.find([hidden], now) is None:
             return []
         served = [site for site in self.sites if site.tap == last.number]
         if not all(isinstance(s, Direct) and s.slot.index == len(last.read) and not s.slot.columns for s in served):
@@ -184,9 +160,9 @@ class Placement:
         value = firing.tensors()[0][1]
         output = views.first_tensor(firing.output)
         host = self.model.get_submodule(firing.path)
-        if output is None or not self._is_rows(output) or not self._is_rows(value):
+        if output is None or not self.is_rows(output) or not self.is_rows(value):
             for part in parts:
-                self._refuse(part.path, f"vLLM's {firing.path} doesn't work row by row")
+                self.refuse(part.path, f"vLLM's {firing.path} doesn't work row by row")
             return
         residual = self._residual_of(firing.output) if views.is_norm(host) else None
         only = parts[0] if len(parts) == 1 else None
@@ -207,12 +183,12 @@ class Placement:
 
     def _plain_leaf(self, part: Part, value: Tensor, output: Tensor, firing: Firing) -> bool:
         """Serve the input where the last tap holds it, if this module alone reads it. The output gets a tap."""
-        found = self._find([value], firing.start)
-        if found is None or not self.survey.is_exclusive(value, self._since(value, firing.start), firing.path):
+        found = self.find([value], firing.start)
+        if found is None or not self.survey.is_exclusive(value, self.since(value, firing.start), firing.path):
             return False
         if not value.is_floating_point():
             return False
-        self._add_value(part.path, "input", found)
+        self.add_value(part.path, "input", found)
         index = 0 if isinstance(firing.output, tuple) else None
         tap = self.new_tap(firing.path, [], [Source("output", index)])
         (result,) = self.hold(tap, 0, [output], firing.end)
@@ -256,111 +232,21 @@ class Placement:
                 reason = CHANGED_BY_INPUT.format(path=path, other=part.path)
                 self.add(Direct(self.info(path, "output", refuse_write=reason), tap.number, slot))
 
-    def add_raw_fused(self, host: str, tap: Tap, slot: Slot, refresh: Refresh | None = None) -> None:
-        """The whole output of a linear that Hugging Face has in parts."""
-        for path in (path for path, raw in self.raw.items() if raw == host and self.selected(path)):
-            self.add(Direct(self.info(path, "output"), tap.number, slot, refresh))
-
     def _base_outputs(self) -> None:
         """The base model returns the final norm's output; vLLM compiles it as a whole, so its own hooks don't fire."""
         value = views.first_tensor(self.survey.output)
-        found = None if value is None else self._find([value], self.survey.firings[0].end)
+        found = None if value is None else self.find([value], self.survey.firings[0].end)
         for path in reversed(self.bases):
             if found is not None:
-                self._add_value(path, "output", found, structure="tuple")
-
-    # -- taps, slots and infos
-
-    def new_tap(self, host: str, read: list[Source], write: list[Source], **more: Any) -> Tap:
-        """One more tap, after all others. `more` are `Tap`'s other fields."""
-        tap = Tap(self.numbers, host, read, write, **more)
-        self.numbers += 1
-        self.taps.append(tap)
-        return tap
-
-    def hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[Slot]:
-        slots = [self.slot(first + i, value) for i, value in enumerate(values)]
-        self.held += [Held(tap, slot, value, since) for slot, value in zip(slots, values, strict=True)]
-        return slots
-
-    def slot(self, index: int, value: Tensor) -> Slot:
-        return Slot(index, batched=value.shape[0] == 1 and value.ndim > 1)
-
-    def _find(self, values: list[Tensor], now: int) -> tuple[Tap, list[Slot]] | None:
-        """Slots of the last tap where the values still lie, untouched."""
-        if not self.taps:
-            return None
-        slots = []
-        for value in values:
-            held = next((h for h in self.held if h.tap is self.taps[-1] and is_same(h.value, value)), None)
-            if held is None or not self.survey.is_untouched(value, held.since, now):
-                return None
-            slots.append(held.slot)
-        return self.taps[-1], slots
-
-    def _since(self, value: Tensor, now: int) -> int:
-        """When the value was made, as far as a tap holds it; else now."""
-        return next((h.since for h in reversed(self.held) if is_same(h.value, value) and h.since < now), now)
+                self.add_value(path, "output", found, structure="tuple")
 
     def _argument(self, firing: Firing) -> Source:
         where = firing.tensors()[0][0]
         return Source("argument" if isinstance(where, int) else "keyword", where)
 
-    def _is_rows(self, value: Tensor) -> bool:
-        rows = value.shape[1] if value.ndim > 1 and value.shape[0] == 1 else value.shape[0]
-        return rows == self.survey.num_tokens
-
     def _structure(self, part: Part) -> Literal["tensor", "tuple"]:
         return "tuple" if part.path in self.blocks or views.returns_tuple(part.module) else "tensor"
-
-    def add_argument(
-        self, part: Part, tap: Tap, given: Slot, output: Slot, apply: Apply, shared: bool, refresh: Refresh | None = None
-    ) -> None:
-        reason = _input_refusal(part.module)
-        if reason:
-            self.refusals[f"{part.path}.input"] = reason
-            return
-        inplace = SHARED_INPUT.format(path=part.path) if shared else ""
-        info = self.info(part.path, "input", refuse_inplace=inplace)
-        self.add(Argument(info, tap.number, given, output, apply, refresh))
-
-    def _add_value(self, path: str, port: Port, place: tuple[Tap, list[Slot]], **more: Any) -> None:
-        tap, slots = place
-        info = self.info(path, port, **more)
-        site = Direct(info, tap.number, slots[0]) if len(slots) == 1 else Stream(info, tap.number, *slots)
-        self.add(site)
-
-    def add(self, site: Site) -> None:
-        """Place a site after all others, if it is wanted."""
-        if self.selected(site.info.path):
-            site.info = structs.replace(site.info, order=len(self.sites))
-            self.sites.append(site)
-
-    def in_reference_order(self, paths: list[str]) -> list[str]:
-        """Sorted as Hugging Face's model runs them, as far as that is known; the others as they come."""
-        known = {path: i for i, path in enumerate(self.reference)}
-        alike = {path: self._in_first_block(path) for path in paths}
-        return sorted(paths, key=lambda path: known[alike[path]]) if set(alike.values()) <= set(known) else paths
-
-    def _in_first_block(self, path: str) -> str:
-        """The same module in the first block: all blocks run their modules in the same order."""
-        block = next((block for block in self.blocks if path.startswith(f"{block}.")), "")
-        return self.blocks[0] + path.removeprefix(block) if block else path
-
-    def info(self, path: str, port: Port, **more: Any) -> SiteInfo:
-        return SiteInfo(f"{path}.{port}", path, port, 0, (), "", **more)
-
-    def _refuse(self, path: str, reason: str) -> None:
-        self.refusals |= {f"{path}.{port}": reason for port in ("input", "output")}
 
 
 def _is_scaled(module: nn.Module) -> bool:
     return getattr(module, "embed_scale", None) is not None
-
-
-def _input_refusal(module: nn.Module) -> str:
-    """Why a module's input can't be had in Hugging Face's terms, empty where it can."""
-    names = module.forward.__code__.co_varnames if hasattr(module.forward, "__code__") else ()
-    if len(names) > 1 and names[1] == "attention_mask":
-        return "Hugging Face passes an attention mask here, which vLLM doesn't have"
-    return ""

@@ -32,8 +32,8 @@ class Firing:
 
     def tensors(self) -> list[tuple[int | str, Tensor]]:
         """Tensor arguments with where they stand: a position or a keyword."""
-        pairs = [*enumerate(self.arguments), *self.keywords.items()]
-        return [(where, value) for where, value in pairs if isinstance(value, Tensor)]
+        positions: list[tuple[int | str, Any]] = list(enumerate(self.arguments))
+        return [(where, v) for where, v in [*positions, *self.keywords.items()] if isinstance(v, Tensor)]
 
 
 @dataclass
@@ -102,7 +102,8 @@ def overlaps(one: Tensor, other: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _footprint(tensor: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class _Clock:
 
 class _Watch(TorchDispatchMode):
     def __init__(self, watched: Survey, clock: _Clock) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watched, self.clock = watched, clock
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -94,8 +94,8 @@ def columns_of(module: nn.Module, columns: tuple[int, int] | None = None) -> App
 
 def _check_ids(module: nn.Module, ids: Tensor) -> None:
     """Ids outside the table: an error here, where it is one request's; on a GPU the lookup itself would end them all."""
-    limit = getattr(module, "org_vocab_size", None) or module.num_embeddings
-    limit -= getattr(module, "offset", 0)
+    size: Any = getattr(module, "org_vocab_size", None) or module.num_embeddings
+    limit = int(size) - int(getattr(module, "offset", 0))
     if ids.is_floating_point():
         raise TypeError(f"an embedding takes integer ids, not {ids.dtype}")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
@@ -137,7 +137,7 @@ def find_head(model: nn.Module, hidden: Tensor) -> Head:
     inner = processor._get_logits
 
     def watch(given: Tensor, weights: nn.Module, bias: Tensor | None, *rest: Any, **more: Any) -> Tensor | None:
-        logits = inner(given, weights, bias, *rest, **more)
+        logits: Tensor | None = inner(given, weights, bias, *rest, **more)
         assert logits is not None
         found.append(Head(processor, weights, bias, given.shape[-1], logits.shape[-1], logits.dtype))
         return logits
@@ -172,9 +172,7 @@ def build_context(config: VllmConfig) -> AbstractContextManager[None]:
 
 def forward_context(config: VllmConfig, num_tokens: int) -> AbstractContextManager[None]:
     """What a forward needs around it when it isn't a step: no attention metadata, no compiled code."""
-    context: AbstractContextManager[None] = set_forward_context(
-        None, config, num_tokens=num_tokens, skip_compiled=True
-    )
+    context: AbstractContextManager[None] = set_forward_context(None, config, num_tokens=num_tokens, skip_compiled=True)
     return context
 
 

@@ -56,7 +56,10 @@ class Body:
         """Have the native body skipped. Call it from the context's `__enter__`."""
         assert frame is self._frame
         self._handled = sys.exception()
-        self._skip.start()
+        if not self._skip.start():
+            _REASONS[frame.f_code] = (
+                "it runs inside a debugger's prompt or a trace function, where a block can't be replaced"
+            )
 
     def run(self, recorder: Recorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""

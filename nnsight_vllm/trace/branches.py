@@ -9,8 +9,10 @@ a value that the recorder merges, or a `Poison`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Never, Protocol, cast
 
+from nnsight_vllm.errors import ControlFlowError
 from nnsight_vllm.trace.bindings import UNBOUND
 from nnsight_vllm.trace.poison import Poison, is_poison, kept
 
@@ -131,20 +133,33 @@ class Context(Opened):
         self.runtime.bindings.set(settled | dict(zip(pairs, merged, strict=True)))
 
 
-class Loop(Opened):
-    """`for` over a proxy: its body runs once, with an item that stands for all of them."""
+@dataclass(frozen=True)
+class Kinds:
+    """Names that a loop treats apart: those of its item, and those that its body binds by `name += ...` only."""
 
-    def __init__(self, runtime: Runtime, over: object, bound: Bound, targets: Bound, line: int) -> None:
+    targets: tuple[str, ...]
+    augmented: tuple[str, ...]
+
+
+class Loop(Opened):
+    """`for` over a proxy: its body runs once, with an item that stands for all of them.
+
+    A name that holds one thing before the body and another after it is carried from trip to trip. `name += ...` on
+    something that has its own `+=` is expected to change that thing, so the name goes on holding it.
+    """
+
+    def __init__(self, runtime: Runtime, over: object, bound: Bound, kinds: Kinds, line: int) -> None:
         super().__init__(runtime, "`for`", bound, line)
         self._over = over
-        self._targets = dict(targets)
+        self._kinds = kinds
 
     def __iter__(self) -> Iterator[object]:
         recorder, bindings = self.runtime.recorder, self.runtime.bindings
         self.open()
         names = [name for name, value in self.before.items() if self._is_carried(name, value)]
         handle, item, carried = recorder.begin_loop(self._over, [self.before[name] for name in names])
-        bindings.set({name: self._stale(name) for name in self._not_carried(names)})
+        stale = {name: self._stale(name) for name in self._not_carried(names)}
+        bindings.set(stale)
         bindings.set(dict(zip(names, carried, strict=True)))
         yield item
         after = self.now()
@@ -153,12 +168,18 @@ class Loop(Opened):
         ]
         outs = recorder.end_loop(handle, values)
         self.close()
-        bindings.set({name: self._last(name, after[name]) for name in self.lines if name not in names})
+        unchanged = {name: self.before[name] for name, poison in stale.items() if after[name] is poison}
+        bindings.set({name: self._last(name, after[name]) for name in self.lines if name not in names} | unchanged)
         for name, first, out in zip(names, carried, outs, strict=True):
-            bindings.set({name: self._result(name, first, after[name], out)})
+            is_value = after[name] is first or self._can_go_on(after[name])
+            bindings.set({name: out if is_value else self.poison(name, self.before[name], after[name])})
 
     def _is_carried(self, name: str, value: object) -> bool:
-        return name not in self._targets and self._can_go_on(value)
+        return name not in self._kinds.targets and self._can_go_on(value) and not self._is_changed_in_place(name, value)
+
+    def _is_changed_in_place(self, name: str, value: object) -> bool:
+        is_proxy = value is not UNBOUND and not is_poison(value) and self.runtime.recorder.is_proxy(value)
+        return is_proxy and name in self._kinds.augmented and hasattr(type(value), "__iadd__")
 
     def _can_go_on(self, value: object) -> bool:
         """Whether a trip can hand the value on to the next."""
@@ -166,8 +187,9 @@ class Loop(Opened):
 
     def _not_carried(self, names: list[str]) -> list[str]:
         """Names bound before whose value the loop changes but can't carry."""
-        bound = [name for name, value in self.before.items() if value is not UNBOUND]
-        return [name for name in bound if name not in names and name not in self._targets]
+        apart = {*names, *self._kinds.targets}
+        bound = {name: value for name, value in self.before.items() if value is not UNBOUND and name not in apart}
+        return [name for name, value in bound.items() if not self._is_changed_in_place(name, value)]
 
     def _stale(self, name: str) -> Poison:
         line = self.lines[name]
@@ -176,17 +198,19 @@ class Loop(Opened):
 
     def _last(self, name: str, after: object) -> object:
         """What a name holds after the loop that isn't carried: unusable, for there may have been no trip."""
-        if after is UNBOUND:
-            return UNBOUND
-        reason = (
-            f"the {self.place} binds it (line {self.lines[name]}), and may run zero times: bind it before the loop too"
-        )
-        return Poison(name, reason, kept(after))
+        if after is UNBOUND or after is self.before[name]:
+            return after
+        if self._is_changed_in_place(name, self.before[name]):
+            self._refuse_rebound(name)
+        if self.before[name] is not UNBOUND and name not in self._kinds.targets:
+            return self.poison(name, self.before[name], after)
+        return Poison(name, f"the {self.place} binds it (line {self.lines[name]}), and may run zero times", kept(after))
 
-    def _result(self, name: str, first: object, after: object, out: object) -> object:
-        if after is first:
-            return self.before[name] if self.before[name] is first else out
-        return out if self._can_go_on(after) else self.poison(name, self.before[name], after)
+    def _refuse_rebound(self, name: str) -> Never:
+        raise ControlFlowError(
+            f"{self.runtime.filename}:{self.lines[name]}: `{name}` is given a new value by an operator like `+=`, which the "
+            f"{self.place} can't see beforehand: write `{name} = {name} + ...`"
+        )
 
 
 def settle(construct: Opened, first: Values, second: Values) -> tuple[Values, dict[str, tuple[object, object]]]:

@@ -6,8 +6,8 @@ names.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import dis
 import inspect
@@ -50,7 +50,11 @@ def build(block: Sequence[ast.stmt], line: int, caller: CodeType, entered_as: st
     own = _own_names(caller)
     entered_as = mangle(entered_as) if entered_as is not None else None
     bound = [mangle(name) for name in bound_names(block)] + ([entered_as] if entered_as is not None else [])
-    body = [*_declarations(bound, own), *rewrite(block, mangle, _first_argument(caller)), ast.Expr(value=call("finish"))]
+    body = [
+        *_declarations(bound, own),
+        *rewrite(block, mangle, _first_argument(caller)),
+        ast.Expr(value=call("finish")),
+    ]
     inner = _function(_INNER, [RUNTIME], body, line)
     outer: ast.stmt = _function(_OUTER, own, [inner], line)
     if owner:

@@ -13,7 +13,7 @@ from typing import Any, Never, Protocol
 
 from nnsight_vllm.errors import ControlFlowError
 from nnsight_vllm.trace.bindings import Bindings
-from nnsight_vllm.trace.branches import Bound, Branch, Context, Loop, Opened
+from nnsight_vllm.trace.branches import Bound, Branch, Context, Kinds, Loop, Opened
 from nnsight_vllm.trace.poison import Poison
 
 __all__ = ["Poison", "Recorder", "Runtime"]
@@ -51,10 +51,7 @@ class Recorder(Protocol):
         """Close the node. Each (value of the first block, of the second) becomes one value."""
 
     def begin_loop(self, over: Any, inits: list[object], /) -> tuple[Any, object, list[object]]:
-        """Open a loop's body. Returns the item, and what stands for each of the `inits` inside.
-
-        An init that the loop doesn't have to carry, a place for one, may stand for itself.
-        """
+        """Open a loop's body. Returns the item, and what stands for each of the `inits` inside."""
 
     def end_loop(self, handle: Any, values: list[object], /) -> list[object]:
         """Close the body. `values` are handed to the next trip; returned is what holds after the last."""
@@ -84,13 +81,15 @@ class Runtime:
         """`with`, before its context object is made."""
         return Context(self, bound, line)
 
-    def loop(self, over: Any, bound: Bound, targets: Bound, has_else: bool, line: int) -> Any:
-        """What `for` goes over."""
+    def loop(
+        self, over: Any, bound: Bound, targets: tuple[str, ...], augmented: tuple[str, ...], has_else: bool, line: int
+    ) -> Any:
+        """What `for` goes over. `augmented` are names that the body binds by `name += ...` only."""
         if not self.recorder.is_proxy(over):
             return over
         if has_else:
             self._refuse("`else` of a `for` over a proxy", line, "write what follows the loop after it")
-        return Loop(self, over, bound, targets, line)
+        return Loop(self, over, bound, Kinds(targets, augmented), line)
 
     def plain(self, construct: str, value: object, line: int) -> object:
         """A value that the construct needs now. Raises if it is a proxy."""

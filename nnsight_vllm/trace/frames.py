@@ -59,7 +59,7 @@ def cells(frame: FrameType) -> dict[str, CellType]:
     if not wanted:
         return {}
     slots = dict(zip(_slot_names(code), _slots(frame), strict=False))
-    found = {name: ctypes.cast(slots[name], ctypes.py_object).value for name in wanted if slots.get(name)}
+    found = {name: ctypes.cast(slot, ctypes.py_object).value for name in wanted if (slot := slots.get(name))}
     return {name: cell for name, cell in found.items() if isinstance(cell, CellType)}
 
 

@@ -92,7 +92,9 @@ class Recorder:
         metas = tuple(self._meta(name, function, args, kwargs, i) for i in range(count))
         id = self.new_id()
         self.add(Op(id, name, encoded, encoded_kwargs, writes))
-        return target if target is not None else Proxy(self, id, metas, self.scope)
+        if target is not None and not isinstance(target._metas[0], meta.Unknown):
+            return target
+        return Proxy(self, id, metas, self.scope)  # an unknown target may be a number, which `+=` leaves as it is
 
     def call(self, module: str, value: object) -> Proxy:
         """Record an ad hoc call of a module."""

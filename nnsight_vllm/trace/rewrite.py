@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from nnsight_vllm.trace.snippets import RUNTIME, assign, at, attribute, call, const, either, name, thunk, when
-from nnsight_vllm.trace.syntax import bound_names, walk
+from nnsight_vllm.trace.syntax import augmented_names, bound_names, walk
 
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
@@ -101,6 +101,9 @@ class _Expressions(ast.NodeTransformer):
         """The names that the nodes bind, as a constant of (name, line) pairs."""
         return const(tuple((self._mangle(bound), line) for bound, line in bound_names(nodes).items()))
 
+    def _mangled(self, names: Iterable[str]) -> ast.expr:
+        return const(tuple(sorted(map(self._mangle, names))))
+
     def _defaults(self, arguments: ast.arguments) -> None:
         arguments.defaults = [self.visit(default) for default in arguments.defaults]
         arguments.kw_defaults = [
@@ -143,8 +146,9 @@ class _Statements(_Expressions):
         return [*statements, _ask(branch, "done", node)]
 
     def visit_For(self, node: ast.For) -> list[ast.stmt]:
-        bound, targets = self._bound([node.target, *node.body]), self._bound([node.target])
-        arguments = [self.visit(node.iter), bound, targets, const(bool(node.orelse)), const(node.lineno)]
+        bound, targets = self._bound([node.target, *node.body]), self._mangled(bound_names([node.target]))
+        augmented = self._mangled(augmented_names([node.target, *node.body]))
+        arguments = [self.visit(node.iter), bound, targets, augmented, const(bool(node.orelse)), const(node.lineno)]
         node.iter = at(call("loop", *arguments), node.iter)
         node.target = self.visit(node.target)
         return self._looping(node)

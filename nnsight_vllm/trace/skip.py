@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 TraceFunction = Callable[[FrameType, str, Any], Any]
 
@@ -36,15 +36,21 @@ class Skip:
         self._is_on = False
         self.entered: object = None
 
-    def start(self) -> None:
-        """Take over the thread's and the frame's trace functions."""
-        self.thread_trace, self._frame_trace = sys.gettrace(), self._frame.f_trace
-        self._frame_switches, self._is_on = (self._frame.f_trace_lines, self._frame.f_trace_opcodes), True
+    def start(self) -> bool:
+        """Take over the thread's and the frame's trace functions. False, and nothing changed, if nobody can trace here."""
+        self.thread_trace = cast(TraceFunction | None, sys.gettrace())
+        self._frame_trace = self._frame.f_trace
+        self._frame_switches = self._frame.f_trace_lines, self._frame.f_trace_opcodes
         self._frame.f_trace, self._frame.f_trace_lines = self._local, True
         self._frame.f_trace_opcodes = self._lines is None
         if self._lines is None:
             self._note_entered(_frames_below(self._frame, sys._getframe())[0])
-        sys.settrace(_ignore_calls)
+        sys.settrace(self._note_call)
+        _call()
+        if not self._is_on:
+            self.restore_frame()
+            sys.settrace(self.thread_trace)
+        return self._is_on
 
     def restore_frame(self) -> None:
         """Give the frame its trace function back."""
@@ -63,6 +69,9 @@ class Skip:
         if trace is not None and not isinstance(trace, FunctionType | MethodType):
             for frame in _frames_below(self._frame, sys._getframe()):
                 trace(frame, "call", None)
+
+    def _note_call(self, frame: FrameType, event: str, argument: Any) -> None:
+        self._is_on = True
 
     def _note_entered(self, entering: FrameType) -> None:
         """Keep what the context's `__enter__`, whose frame this is, returns: `as` won't bind it."""
@@ -88,8 +97,8 @@ class Skip:
         return self._local
 
 
-def _ignore_calls(frame: FrameType, event: str, argument: Any) -> None:
-    return None
+def _call() -> None:
+    """Something to see whether calls are reported: inside another trace function, a debugger's prompt, they aren't."""
 
 
 def _frames_below(outer: FrameType, inner: FrameType) -> list[FrameType]:

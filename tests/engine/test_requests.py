@@ -102,6 +102,15 @@ def test_what_was_read_before_an_assignment_keeps_its_value(model: VLLM) -> None
     torch.testing.assert_close(difference, saved)
 
 
+def test_a_number_of_the_run_counts_up(model: VLLM) -> None:
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        count = nv.int(model.samples.output) * 0
+        count += 2
+        count -= 5
+        saved = count.save()
+    assert saved == -3
+
+
 def test_log_probabilities_come_from_the_edited_logits_and_name_the_edited_token(model: VLLM) -> None:
     with model.trace(PROMPT, temperature=0.0, max_tokens=1, logprobs=2) as tracer:
         logits = model.logits.output

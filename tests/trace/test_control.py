@@ -6,11 +6,12 @@ the same results: recorded control flow means what Python's means.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_recorder import Trace
+from fake_recorder import Trace, Value
 
 from nnsight_vllm.errors import ControlFlowError, ScopeError
 from nnsight_vllm.trace.poison import is_poison
@@ -78,7 +79,7 @@ def restores_before_the_other_path(lift: Lift, n: int) -> tuple[object, ...]:
     x = 1
     with Trace() as t:
         p = lift(t, n)
-        if p > 2:
+        if p > 2:  # noqa: SIM108
             x = 50
         else:
             x = x + 1
@@ -104,7 +105,7 @@ def connectives(lift: Lift, n: int) -> tuple[object, ...]:
         e = not p
         f = not (p > 1 and not p > 3)
         g = 0 or p
-        h = None and p
+        h = None and p  # noqa: SIM223
     return a, b, c, d, e, f, g, h
 
 
@@ -181,7 +182,7 @@ def unchanged_names_stay_themselves(lift: Lift, n: int) -> tuple[object, ...]:
         if p > 2:
             text = "new"
             text = "before"
-        if p > 2:
+        if p > 2:  # noqa: SIM108
             mode = "m" + str(1)
         else:
             mode = "m" + str(1)
@@ -291,7 +292,7 @@ def test_one_path_only_is_no_error_without_a_use() -> None:
 
 
 def test_a_poison_keeps_the_values_of_its_paths() -> None:
-    name = "text"
+    name: Any = "text"
     with Trace() as t:
         p = t.value(1)
         if p > 2:
@@ -302,7 +303,7 @@ def test_a_poison_keeps_the_values_of_its_paths() -> None:
 
 
 def test_values_that_do_not_merge_raise_at_the_use() -> None:
-    with pytest.raises(ScopeError, match="`x` .*can't be merged on the two paths"):
+    with pytest.raises(ScopeError, match=r"`x` .*can't be merged on the two paths"):
         with Trace() as t:
             if t.value(1) > 2:
                 x: object = "a"
@@ -313,7 +314,7 @@ def test_values_that_do_not_merge_raise_at_the_use() -> None:
 
 def test_a_deleted_name_raises_after_the_branch() -> None:
     x = 1
-    with pytest.raises(ScopeError, match="`x` .*one path only"):
+    with pytest.raises(ScopeError, match=r"`x` .*one path only"):
         with Trace() as t:
             if t.value(1) > 2:
                 del x
@@ -340,14 +341,61 @@ def test_names_first_bound_in_a_loop_and_its_variable_raise_after_it() -> None:
 
 def test_a_value_that_a_loop_cannot_carry_raises_where_the_body_reads_it() -> None:
     text = "a"
-    with pytest.raises(ScopeError, match="`text` .*can't go from trip to trip"):
+    with pytest.raises(ScopeError, match=r"`text` .*can't go from trip to trip"):
         with Trace() as t:
             for _ in t.value([1, 2]):
                 text = text + "b"
 
 
+def test_a_value_that_a_loop_cannot_carry_and_does_not_change_is_kept() -> None:
+    text = "a"
+    with Trace() as t:
+        for _ in t.value([1, 2]):
+            if not t:
+                text = "b"
+    assert text == "a"
+
+
+class Place(Value):
+    """A proxy whose `+=` changes what it stands for, as that of a site's value does."""
+
+    def __iadd__(self, other: object) -> Value:
+        self.recorder.op(operator.iadd, self, other)
+        return self
+
+    def __imul__(self, other: object) -> Value:
+        return self.recorder.op(operator.mul, self, other)
+
+
+def place(t: Trace, content: object) -> Any:
+    value = Place(t.recorder)
+    t.recorder.env[value.id] = content
+    return value
+
+
+def test_changing_a_value_in_place_in_a_loop_or_branch_keeps_the_name_on_it() -> None:
+    with Trace() as t:
+        h = kept = place(t, [0])
+        for item in t.value([[1, 1], [2, 2]]):
+            h += item
+        if t.value(1) > 0:
+            h += (5,)
+        same = h is kept
+    assert h == [0, 1, 1, 2, 2, 5] and same
+
+
+def test_an_operator_that_unexpectedly_gives_a_new_value_in_a_loop_is_refused() -> None:
+    def block(t: Trace) -> None:
+        with t:
+            h = place(t, 1)
+            for item in t.value([1, 2]):
+                h *= item
+
+    refuses(block, "write `h = h + ...`")
+
+
 def test_a_name_bound_in_a_cond_block_only_raises_after_it() -> None:
-    with pytest.raises(ScopeError, match="`y` .*one path only of the `with` block"):
+    with pytest.raises(ScopeError, match=r"`y` .*one path only of the `with` block"):
         with Trace() as t:
             with t.cond(t.value(1) > 0):
                 y = 1
@@ -549,5 +597,5 @@ def test_values_of_a_conditional_expression_have_to_merge() -> None:
 def test_equal_values_of_a_conditional_expression_need_no_merging() -> None:
     with Trace() as t:
         same = "a"
-        x = same if t.value(1) > 0 else same
+        x = same if t.value(1) > 0 else same  # noqa: RUF034
     assert x == "a"

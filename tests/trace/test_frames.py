@@ -145,7 +145,7 @@ def test_set_handled_changes_what_raise_and_contexts_see() -> None:
         frames.set_handled(None)
         assert sys.exception() is None
         with pytest.raises(ValueError) as caught:
-            raise ValueError
+            raise ValueError  # noqa: B904
         assert caught.value.__context__ is None
         frames.set_handled(error)
         assert sys.exception() is error

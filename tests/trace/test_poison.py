@@ -18,7 +18,7 @@ USES: dict[str, Callable[[Any], object]] = {
     "set attribute": lambda value: setattr(value, "values", ()),
     "operator": lambda value: value + 1,
     "reflected": lambda value: 1 - value,
-    "in place": lambda value: operator.iadd(value, 1),
+    "in place": lambda value: value.__iadd__(1),
     "matmul": lambda value: value @ value,
     "compare": lambda value: value == 1,
     "order": lambda value: value < 1,
@@ -54,11 +54,12 @@ def test_every_use_raises_with_name_reason_and_line(use: Callable[[Any], object]
 def test_torch_functions_raise_too() -> None:
     torch = pytest.importorskip("torch")
     poison = Poison("y", "because")
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: torch.add(torch.ones(1), poison),
         lambda: torch.stack([torch.ones(1), poison]),
         lambda: torch.relu(poison),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(ScopeError, match=r"test_poison.py:\d+: `y`"):
             use()
 

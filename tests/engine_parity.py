@@ -34,7 +34,7 @@ _INSTRUMENTED: list[Instrumented] = []
 _SELECTION: list[Any] = ["all"]
 
 
-class Worker(CPUWorker):
+class Worker(CPUWorker):  # type: ignore[misc]
     """vLLM's CPU worker, with taps put in right after the weights are loaded."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -76,16 +76,15 @@ class Engine:
         given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(given, sampling, use_tqdm=False)]
 
-    def run(self, prompts: list[list[int]], edits: dict[str, Edit], edited: int = 0) -> Values:
-        """Every site's value for prompt number `edited`, with the edits on that prompt's rows alone."""
-        start = sum(len(prompt) for prompt in prompts[:edited])
-        rows = {False: slice(start, start + len(prompts[edited])), True: slice(edited, edited + 1)}
+    def run(self, prompts: list[list[int]], edits: dict[str, Edit], edited: int = 0, watched: int = 0) -> Values:
+        """Every site's value for prompt number `watched`, with the edits on the rows of number `edited` alone."""
         values: Values = {}
         sites = [self.instrumented.sites[name] for name in self.order]
         for number in {site.tap for site in sites}:
             served = [site for site in sites if site.tap == number]
-            handler = _handler(served, rows[number in self.instrumented.logits_taps], edits, values)
-            self.owner.taps.ACTIVE[number] = handler
+            is_head = number in self.instrumented.logits_taps
+            change, look = (_rows(prompts, i, is_head) for i in (edited, watched))
+            taps.ACTIVE[number] = _handler(served, change, edits, look, values)
         try:
             self.generate(*prompts)
         finally:
@@ -95,15 +94,20 @@ class Engine:
         return values
 
 
-def _handler(served: list[Any], rows: slice, edits: dict[str, Edit], values: Values) -> taps.Handler:
+def _rows(prompts: list[list[int]], number: int, is_head: bool) -> slice:
+    start = number if is_head else sum(len(prompt) for prompt in prompts[:number])
+    return slice(start, start + (1 if is_head else len(prompts[number])))
+
+
+def _handler(served: list[Any], change: slice, edits: dict[str, Edit], look: slice, values: Values) -> taps.Handler:
     def handle(tensors: taps.Tensors) -> None:
         for site in served:
             name = site.info.name
-            value = old = site.read(tensors, rows)
             if name in edits:
-                value = edits[name](old.clone())
-                site.write(tensors, rows, old, value)
-            values[name] = value.clone()
+                old = site.read(tensors, change)
+                new = edits[name](old.clone())
+                site.write(tensors, change, old, new)
+            values[name] = new if name in edits and change == look else site.read(tensors, look)
 
     return handle
 
