@@ -70,8 +70,8 @@ class Encoder:
 
 
 def _number(_: Encoder, value: object) -> Arg:
-    number = cast("float", value)
-    return number if math.isfinite(number) else Special(str(float(number)))
+    number = float(cast("float", value))
+    return number if math.isfinite(number) else Special(str(number))
 
 
 def _integer(_: Encoder, value: object) -> Arg:

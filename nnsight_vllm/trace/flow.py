@@ -107,10 +107,11 @@ class Flow:
         self.places.cursor.enter_loop()
         scope = self._open("loop")
         proxies: list[object] = [
-            Proxy(recorder, node, _value_metas(init), scope) for node, init in zip(carried, inits, strict=True)
+            Proxy(recorder, node, _value_metas(init), scope, self.places.possible_roots(init))
+            for node, init in zip(carried, inits, strict=True)
         ]
         handle = LoopHandle(id, encoded, item, carried, first, scope)
-        return handle, Proxy(recorder, item, _item_metas(over), scope), proxies
+        return handle, Proxy(recorder, item, _item_metas(over), scope, self.places.possible_roots(over)), proxies
 
     def end_loop(self, handle: LoopHandle, values: list[object]) -> list[object]:
         recorder = self.recorder
@@ -198,7 +199,8 @@ class Flow:
     def _merged(self, out: int, pair: tuple[object, object]) -> Proxy:
         first, second = _value_metas(pair[0]), _value_metas(pair[1])
         is_same = len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True))
-        proxy = Proxy(self.recorder, out, first if is_same else (meta.UNKNOWN,), self.recorder.scope)
+        metas = first if is_same else (meta.UNKNOWN,)
+        proxy = Proxy(self.recorder, out, metas, self.recorder.scope, self.places.possible_roots(pair))
         if all(isinstance(value, Proxy) and value._slot is not None for value in pair):
             proxy._slot = self.recorder.save(proxy)
         return proxy

@@ -24,7 +24,46 @@ UNKNOWN: Final = Unknown()
 
 # Operations that look at data, so meta tensors can't run them.
 DATA_DEPENDENT: Final = frozenset(
-    ["tensor.item", "tensor.tolist", "tensor.nonzero", "torch.nonzero", "tensor.masked_select", "torch.masked_select", "tensor.unique", "torch.unique", "tensor.unique_consecutive", "torch.unique_consecutive", "tensor.equal", "tensor.allclose", "torch.allclose", "tensor.bincount", "torch.bincount", "py.int", "py.float", "py.bool", "py.str", "tensor.histc", "torch.histc", "torch.tensor", "tensor.is_nonzero", "torch.combinations"]
+    [
+        "tensor.item",
+        "tensor.tolist",
+        "tensor.nonzero",
+        "torch.nonzero",
+        "tensor.masked_select",
+        "torch.masked_select",
+        "tensor.unique",
+        "torch.unique",
+        "tensor.unique_consecutive",
+        "torch.unique_consecutive",
+        "tensor.equal",
+        "tensor.allclose",
+        "torch.allclose",
+        "tensor.bincount",
+        "torch.bincount",
+        "py.int",
+        "py.float",
+        "py.bool",
+        "py.str",
+        "tensor.histc",
+        "torch.histc",
+        "torch.tensor",
+        "tensor.is_nonzero",
+        "torch.combinations",
+    ]
+)
+
+# Operations whose result may share its first argument's memory, for the cases that meta tensors can't decide.
+VIEWS: Final = frozenset(
+    "py.getitem py.attr py.pos tensor.narrow tensor.select tensor.view tensor.view_as tensor.reshape tensor.reshape_as "
+    "tensor.T tensor.mT tensor.H tensor.mH tensor.t tensor.transpose tensor.permute tensor.squeeze tensor.unsqueeze "
+    "tensor.chunk tensor.split tensor.split_with_sizes tensor.tensor_split tensor.hsplit tensor.vsplit tensor.dsplit "
+    "tensor.unbind tensor.expand tensor.expand_as tensor.broadcast_to tensor.flatten tensor.unflatten tensor.ravel "
+    "tensor.diagonal tensor.movedim tensor.moveaxis tensor.swapaxes tensor.swapdims tensor.contiguous tensor.to "
+    "tensor.type_as tensor.float tensor.half tensor.bfloat16 tensor.double tensor.detach tensor.real tensor.unfold "
+    "torch.narrow torch.select torch.reshape torch.t torch.transpose torch.permute torch.squeeze torch.unsqueeze "
+    "torch.chunk torch.split torch.tensor_split torch.hsplit torch.vsplit torch.dsplit torch.unbind torch.flatten "
+    "torch.unflatten torch.ravel torch.diagonal torch.movedim torch.moveaxis torch.swapaxes torch.swapdims "
+    "torch.broadcast_to torch.broadcast_tensors torch.atleast_1d torch.atleast_2d torch.atleast_3d".split()
 )
 
 

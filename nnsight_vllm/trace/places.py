@@ -18,7 +18,7 @@ from nnsight_vllm.graph.nodes import Read, Write
 from nnsight_vllm.graph.order import Cursor, Place
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import resolve
-from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.proxy import Proxy, proxies_in
 from nnsight_vllm.trace.scope import IterationsHandle, Scope
 from nnsight_vllm.trace.source import user_line
 
@@ -97,10 +97,16 @@ class Places:
         self._recorder.add(Write(self._recorder.new_id(), site.name, encoded, self._iteration()))
 
     def written_by(self, proxy: Proxy) -> str | None:
-        """The site that an in-place operation on `proxy` changes, None for a private value. Raises if it has passed."""
-        root = self._root_of(proxy)
-        if root is None:
-            return None
+        """The site that an in-place operation on `proxy` may change, None for a private value. Raises if it has passed."""
+        names = {self._writable_now(root) for root in self.possible_roots((proxy,))}
+        return names.pop() if names else None
+
+    def possible_roots(self, args: object) -> frozenset[Root]:
+        """The sites that any of these values is, or may be, a view of."""
+        roots = {root for proxy in proxies_in(args) if (root := self._root_of(proxy)) is not None}
+        return frozenset(roots).union(*(proxy._maybe for proxy in proxies_in(args)))
+
+    def _writable_now(self, root: Root) -> str:
         site, line = root.site, user_line()
         reason = site.refuse_write or site.refuse_inplace
         if reason:

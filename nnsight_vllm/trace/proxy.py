@@ -19,6 +19,7 @@ from nnsight_vllm.trace.source import user_frame, user_line
 
 if TYPE_CHECKING:
     from nnsight_vllm.graph.nodes import Arg
+    from nnsight_vllm.trace.places import Root
     from nnsight_vllm.trace.recorder import Recorder
     from nnsight_vllm.trace.scope import Scope
 
@@ -32,15 +33,26 @@ _GRADIENTS = frozenset({"backward", "grad", "requires_grad_", "retain_grad", "re
 
 
 class Proxy:
-    """One recorded value. `_metas` are its shapes: one variant, or two where the number of rows varies."""
+    """One recorded value. `_metas` are its shapes: one variant, or two where the number of rows varies.
+
+    `_maybe` are the sites that it may be a view of, where meta tensors can't tell.
+    """
 
     __array_ufunc__ = None  # an array on the left leaves its operators to the proxy
 
-    def __init__(self, recorder: Recorder, node: int | None, metas: tuple[object, ...], scope: Scope | None) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        node: int | None,
+        metas: tuple[object, ...],
+        scope: Scope | None,
+        maybe: frozenset[Root] = frozenset(),
+    ) -> None:
         self._recorder = recorder
         self._node = node
         self._metas = metas
         self._scope = scope
+        self._maybe = maybe
         self._slot: str | None = None
         self._item_of: tuple[int | None, Arg] | None = None
 
@@ -50,7 +62,7 @@ class Proxy:
         """Send this value home, as it is at this point of the program."""
         if self._is_done:
             raise RefusedError(f"the run is over; call .save() inside the block; {user_line()}")
-        saved = Proxy(self._recorder, self._node, self._metas, self._scope)
+        saved = Proxy(self._recorder, self._node, self._metas, self._scope, self._maybe)
         self._slot = saved._slot = self._recorder.save(self)
         return saved
 
@@ -130,13 +142,21 @@ class Proxy:
         return self._recorder.op(name, function, (self, *args), {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in {"_recorder", "_slot", "_node", "_metas", "_scope", "_item_of"}:
+        if name.startswith("__") or name in {"_recorder", "_slot", "_node", "_metas", "_scope", "_item_of", "_maybe"}:
             raise AttributeError(name)
         if self._is_done:
             return getattr(self.value, name)
         if name in _GRADIENTS:
             raise GradientsUnavailable(f".{name}: vLLM keeps no tape, so there are no gradients; {user_line()}")
         return self._attribute(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            if self._is_done:
+                setattr(self.value, name, value)
+                return
+            raise RefusedError(f".{name} of a value can't be set; change it in place, x[:] = ...; {user_line()}")
+        super().__setattr__(name, value)
 
     def _attribute(self, name: str) -> Any:
         first = self._metas[0]
@@ -270,6 +290,20 @@ class _Method:
         return self.proxy._recorder.op(self.op, _method(self.name), (self.proxy, *args), kwargs)
 
 
+def proxies_in(value: object) -> Iterator[Proxy]:
+    """The proxies inside an argument."""
+    match value:
+        case Proxy():
+            yield value
+        case tuple() | list():
+            for item in value:
+                yield from proxies_in(item)
+        case dict():
+            yield from proxies_in(list(value.values()))
+        case slice():
+            yield from proxies_in((value.start, value.stop, value.step))
+
+
 def torch_op(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Record a call of a torch function."""
     name = op_name(func)
@@ -312,8 +346,8 @@ def _names() -> dict[Any, str]:
 
 
 def _method(name: str) -> Callable[..., object]:
-    def run(value: Any, *args: Any, **kwargs: Any) -> object:
-        return getattr(value, name)(*args, **kwargs)
+    def run(tensor: Any, /, *args: Any, **kwargs: Any) -> object:
+        return getattr(tensor, name)(*args, **kwargs)
 
     return run
 
@@ -340,7 +374,7 @@ def _describe(value: object) -> str:
 
 def _is_move(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     rest, rest_kwargs = _without_device(args, kwargs)
-    return not rest and not rest_kwargs.keys() - {"non_blocking", "copy"}
+    return not rest and not any(rest_kwargs.values())
 
 
 def _without_device(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -418,7 +452,21 @@ def _refused(what: str) -> Callable[..., NoReturn]:
 
 
 def _install_operators() -> None:
-    arithmetic = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+    arithmetic = [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    ]
     for bare in arithmetic:
         function = getattr(operator, f"__{bare}__")
         setattr(Proxy, f"__{bare}__", _binary(f"py.{bare}", function, reflected=False))

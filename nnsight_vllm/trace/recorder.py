@@ -7,7 +7,9 @@ holds the saved values, so that every proxy of the invoke finds its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from typing import Literal
 
 import torch
@@ -19,7 +21,7 @@ from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import Constants, Encoder, resolve
 from nnsight_vllm.trace.flow import Flow
 from nnsight_vllm.trace.places import Places
-from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.proxy import Proxy, proxies_in
 from nnsight_vllm.trace.scope import Scope
 from nnsight_vllm.trace.source import Line, user_line
 from nnsight_vllm.trace.tree import Tree
@@ -86,15 +88,19 @@ class Recorder:
             raise RefusedError(f"{name} isn't an operation that a graph can hold; {user_line()}")
         encoded = [self.encode(arg) for arg in args]
         encoded_kwargs = {key: self.encode(value) for key, value in kwargs.items()}
-        target = _target(name, args, kwargs)
+        target = _target(name, function, args, kwargs)
         writes = self.places.written_by(target) if target is not None else None
-        count = max([1, *(len(proxy._metas) for proxy in _proxies((args, kwargs)))])
+        count = max([1, *(len(proxy._metas) for proxy in proxies_in((args, kwargs)))])
         metas = tuple(self._meta(name, function, args, kwargs, i) for i in range(count))
         id = self.new_id()
         self.add(Op(id, name, encoded, encoded_kwargs, writes))
         if target is not None and not isinstance(target._metas[0], meta.Unknown):
             return target
-        return Proxy(self, id, metas, self.scope)  # an unknown target may be a number, which `+=` leaves as it is
+        may_view = name in meta.VIEWS and _is_unsure(metas) and not _copies(name, args)
+        maybe = self.places.possible_roots(args[:1]) if may_view else frozenset()
+        return Proxy(
+            self, id, metas, self.scope, maybe
+        )  # an unknown target may be a number, which `+=` leaves as it is
 
     def call(self, module: str, value: object) -> Proxy:
         """Record an ad hoc call of a module."""
@@ -164,23 +170,50 @@ class Recorder:
             raise RecordError(f"{bare}: {type(cause).__name__}: {cause}{hint}; {user_line()}") from cause
 
 
-def _target(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Proxy | None:
-    """The proxy whose value an operation changes and gives back."""
-    target = kwargs.get("out", args[0] if args and is_inplace(name) else None)
-    return target if isinstance(target, Proxy) else None
+def _target(
+    name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> Proxy | None:
+    """The proxy whose value an operation changes and gives back. Raises for changes that can't be recorded."""
+    if name.startswith("nn.") and _asks_in_place(function, args, kwargs):
+        raise RefusedError(f"{name} with inplace=True can't be recorded; assign its result; {user_line()}")
+    if not is_inplace(name) and kwargs.get("out") is None:
+        return None
+    target = kwargs["out"] if "out" in kwargs else [*args, kwargs.get("input"), kwargs.get("self")][0]
+    if isinstance(target, Proxy):
+        return target
+    if isinstance(target, torch.Tensor):
+        raise RefusedError(
+            f"a tensor of yours can't be changed by a value of the run: make it one of the run's, such as "
+            f"torch.zeros_like(h) or h.new_zeros(...), or bind the result to a name; {user_line()}"
+        )
+    raise RefusedError(f"{name} can't change {type(target).__name__}; {user_line()}")
 
 
-def _proxies(value: object) -> Iterator[Proxy]:
-    match value:
-        case Proxy():
-            yield value
-        case tuple() | list():
-            for item in value:
-                yield from _proxies(item)
-        case dict():
-            yield from _proxies(list(value.values()))
-        case slice():
-            yield from _proxies((value.start, value.stop, value.step))
+def _asks_in_place(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    names = _parameters(function)
+    if "inplace" not in names:
+        return False
+    position = names.index("inplace")
+    return bool(kwargs.get("inplace", args[position] if position < len(args) else False))
+
+
+@cache
+def _parameters(function: Callable[..., object]) -> list[str]:
+    try:
+        return list(signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature has no such parameter
+        return []
+
+
+def _copies(name: str, args: tuple[object, ...]) -> bool:
+    """Whether an index is made of tensors with dimensions: torch then gathers, and never gives a view."""
+    if name != "py.getitem":
+        return False
+    return any(isinstance(item, torch.Tensor) and item.ndim > 0 for p in proxies_in(args[1:]) for item in p._metas)
+
+
+def _is_unsure(metas: tuple[object, ...]) -> bool:
+    return any(isinstance(value, meta.Unknown | tuple | list) for value in metas)
 
 
 def _call_meta(module: str, size_in: int | None, size_out: int | None, dtype: str, value: object) -> object:
