@@ -24,6 +24,7 @@ _DROPOUT = "dropout does nothing when serving, and vLLM has no such module; use 
 _EXPERT = "vLLM computes all experts in one fused operation; use the mixture's own .input and .output, or its router"
 _LIST = "a list of modules doesn't run by itself; index it"
 _RAW = "vLLM's own module, called with vLLM's own arguments; use the Hugging Face modules beside it"
+_UNKNOWN = "vLLM computes it in a way that can't be told in Hugging Face's terms"
 _BASE_INPUT = "vLLM compiles the base model as a whole; use the embedding's input, or the first block's"
 _ROOT = {"input": "vLLM's own arguments; use the embedding's input", "output": "use model.logits.output"}
 
@@ -101,6 +102,8 @@ def _refusal(model: Instrumented, path: str, part: Part | None, port: str) -> st
         return _ABSENT
     if port == "input" and any(block.startswith(f"{path}.") for block in model.blocks):
         return _BASE_INPUT
+    if model.selected(path):
+        return _UNKNOWN
     return f"not instrumented in this engine (sites={model.selection!r}); start it with sites='all' or a list with {path!r}"
 
 

@@ -62,10 +62,13 @@ class Engine:
     def sampling(self, arguments: dict[str, object]) -> Any:
         """vLLM's sampling parameters. Raises `AdmissionError` for what vLLM doesn't know or allow."""
         from vllm import SamplingParams
+        from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
         named = {_RENAMED.get(name, name): value for name, value in arguments.items()}
         try:
-            return SamplingParams(**named)
+            params = SamplingParams(**named)
+            # Its fields aren't checked when it's made, and a bad one would end the engine's input thread for good.
+            return MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
         except Exception as error:  # vLLM's own checks raise several kinds
             raise AdmissionError(f"bad sampling arguments: {error}; {user_line()}") from None
 
@@ -159,7 +162,9 @@ class Engine:
     def _outcome(self, output: Any) -> Outcome:
         collected = self.collector.take(output.request_id, len(output.outputs))
         completions = [_completion(sample, found) for sample, found in zip(output.outputs, collected, strict=True)]
-        result = Result(completions, output.prompt, list(output.prompt_token_ids), output.num_cached_tokens)
+        result = Result(
+            completions, output.prompt, list(output.prompt_token_ids), output.prompt_logprobs, output.num_cached_tokens
+        )
         return Outcome(result, [found.sample for found in collected])
 
     def _put(self, data: list[bytes]) -> None:

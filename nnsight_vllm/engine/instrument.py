@@ -7,6 +7,7 @@ live on, and a fingerprint of both for vLLM's compile-cache key, which would oth
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,6 +32,18 @@ SURVEY_ROWS = 7
 
 Selection = str | list[str]
 
+VERIFIED = frozenset(
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "phi3", "olmo2", "mixtral", "qwen3_moe", "granite", "starcoder2", "stablelm", "falcon", "cohere", "nemotron", "phi", "gptj", "olmo", "smollm3", "glm4"]
+)
+"""Model types whose every site was compared with transformers, reads, edits and calls. Tests do it for the first line."""
+
+DIFFERENT = {
+    "bloom": "vLLM puts the rows of its query_key_value in another order than Hugging Face",
+    "gpt_neox": "vLLM puts the rows of its query_key_value in another order than Hugging Face",
+}
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Instrumented:
@@ -44,6 +57,7 @@ class Instrumented:
     blocks: list[str]
     sites: dict[str, Site]
     refusals: dict[str, str]
+    selected: Callable[[str], bool]
     num_taps: int
     logits_taps: frozenset[int]
     head: views.Head
@@ -83,6 +97,7 @@ class Instrumented:
 
 def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all") -> Instrumented:
     """Survey the model, decide the taps, install them."""
+    _require_known(config.model_config.hf_config.model_type)
     with views.build_context(config), views.forward_context(config, SURVEY_ROWS), torch.inference_mode():
         tree = modules.huggingface_tree(config.model_config.hf_config)
         reference = modules.firing_order(tree, SURVEY_ROWS)
@@ -93,7 +108,7 @@ def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all
     parts = modules.match(tree, model)
     raw = modules.raw_modules(parts, model)
     blocks = modules.blocks(tree)
-    selected = _selector(selection, parts, blocks)
+    selected = _selector(selection, [*parts, *raw], blocks)
     hidden = views.first_tensor(watched.output)
     assert hidden is not None
     head = views.find_head(model, hidden)
@@ -112,6 +127,7 @@ def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all
         blocks=blocks,
         sites={site.info.name: site for site in sites},
         refusals=placement.refusals,
+        selected=selected,
         num_taps=len(placement.taps),
         logits_taps=frozenset({placement.numbers}),
         head=head,
@@ -119,22 +135,32 @@ def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all
     )
 
 
-def _selector(selection: Selection, parts: dict[str, Part], blocks: list[str]) -> Callable[[str], bool]:
+def _require_known(kind: str) -> None:
+    if kind in DIFFERENT:
+        raise EngineSettingError(f"sites of a {kind} model would be wrong: {DIFFERENT[kind]}")
+    if kind not in VERIFIED:
+        _log.warning("sites of a %s model were never compared with transformers; verified: %s", kind, sorted(VERIFIED))
+
+
+def _selector(selection: Selection, paths: list[str], blocks: list[str]) -> Callable[[str], bool]:
     if selection == "all":
         return lambda path: True
     if selection == "blocks":
-        main = {*blocks, "lm_head", *_stems(parts, blocks)}
+        main = {*blocks, "lm_head", *_stems(paths, blocks)}
         return lambda path: path in main
     if isinstance(selection, str):
         raise EngineSettingError(f"sites must be 'all', 'blocks' or a list of patterns, not {selection!r}")
     patterns = list(selection)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise EngineSettingError(f"sites: the pattern {pattern!r} matches no module, such as {blocks[0]!r}")
     return lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _stems(parts: dict[str, Part], blocks: list[str]) -> list[str]:
+def _stems(paths: list[str], blocks: list[str]) -> list[str]:
     """Embeddings, final norm and base models: what stands beside or above the list of blocks."""
     home = blocks[0].rpartition(".")[0].rpartition(".")[0]
-    return [path for path in parts if path and (path.rpartition(".")[0] == home or f"{home}.".startswith(f"{path}."))]
+    return [path for path in paths if path and (path.rpartition(".")[0] == home or f"{home}.".startswith(f"{path}."))]
 
 
 def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:

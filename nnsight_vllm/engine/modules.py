@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnsight_vllm.errors import EngineSettingError
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "mlp": ("block_sparse_moe",),
     "activation_fn": ("act_fn",),
@@ -43,8 +45,11 @@ def huggingface_tree(config: Any) -> nn.Module:
 
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    with torch.device("meta"):
-        tree: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            tree: nn.Module = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise EngineSettingError(f"transformers has no causal language model for this checkpoint: {error}") from error
     return tree.eval()
 
 

@@ -36,7 +36,7 @@ def _split(prompt: object, tokenizer: Any) -> tuple[str | None, list[int], dict[
 
 def _from_mapping(prompt: Mapping[str, object], tokenizer: Any) -> tuple[str | None, list[int], dict[str, object]]:
     if "input_ids" in prompt:
-        return None, _ids(prompt["input_ids"]), {}
+        return None, _unpadded(_ids(prompt["input_ids"]), prompt.get("attention_mask")), {}
     rest = {key: value for key, value in prompt.items() if key not in {"prompt", "prompt_token_ids"}}
     unknown = set(rest) - {"cache_salt"}
     if unknown:
@@ -51,9 +51,21 @@ def _from_mapping(prompt: Mapping[str, object], tokenizer: Any) -> tuple[str | N
     raise AdmissionError(f"a prompt dict has 'prompt' or 'prompt_token_ids'; got {sorted(prompt)}; {user_line()}")
 
 
+def _unpadded(ids: list[int], mask: object) -> list[int]:
+    """The tokens that a tokenizer's attention mask keeps."""
+    if mask is None:
+        return ids
+    kept = _ids(mask)
+    if len(kept) != len(ids):
+        raise AdmissionError(f"attention_mask has {len(kept)} entries for {len(ids)} tokens; {user_line()}")
+    return [id for id, is_kept in zip(ids, kept, strict=True) if is_kept]
+
+
 def _ids(value: object) -> list[int]:
     """Token ids from a list, a tensor or an array, with at most one leading batch dimension of one."""
     plain = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(plain, bytes | bytearray):
+        raise AdmissionError(f"a prompt is text, not bytes; {user_line()}")
     if (
         isinstance(plain, Sequence)
         and not isinstance(plain, str)

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.custom_op import CustomOp
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from nnsight_vllm.engine.sites import Apply
 
-_NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm, nn.LayerNorm)
 _EMBEDDINGS = (VocabParallelEmbedding, nn.Embedding)
 _TUPLES = ("Attention", "Router")
 
@@ -29,7 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NORMS) or type(module).__name__.endswith("RMSNorm")
+    return "Norm" in type(module).__name__
 
 
 def is_embedding(module: nn.Module) -> bool:

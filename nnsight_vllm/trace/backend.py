@@ -47,6 +47,7 @@ class Result:
     outputs: list[Completion]
     prompt: str | None = None
     prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: Any = None
     num_cached_tokens: int | None = None
 
     @property

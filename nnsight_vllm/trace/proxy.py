@@ -6,6 +6,7 @@ block a saved proxy stands for its value: the same operators work on the value i
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -271,7 +272,14 @@ class Proxy:
             return self.value(*args, **kwargs)
         raise RefusedError(f"a value can't be called; {user_line()}")
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Proxy:
+    def __deepcopy__(self, memo: dict[int, object]) -> Any:
+        if self._is_done:
+            return copy.deepcopy(self.value, memo)
+        if not isinstance(self._metas[0], torch.Tensor):
+            raise RefusedError(f"only tensors of the run can be copied; {user_line()}")
+        return self.clone()
+
+    def __copy__(self) -> Proxy:
         return self
 
     __hash__ = object.__hash__

@@ -219,7 +219,6 @@ def assert_each_gets_what_it_gets_alone(model: VLLM, asked: list[Asked]) -> None
         (alone,) = run(model, one)
         name = one.body.__name__
         assert (name, got.tokens, got.reason, got.error) == (name, alone.tokens, alone.reason, alone.error)
-        print("DIFF", name, difference(got.values, alone.values))
         assert difference(got.values, alone.values) < TOLERANCE, name
     reasons = [got.reason for got in together]
     assert (reasons.count("error"), reasons.count("stop")) == (4, 2)

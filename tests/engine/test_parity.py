@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -42,10 +43,11 @@ class Pair:
         values = self.theirs.run(PROMPT, edits, self.ours.order, inplace)
         return {name: v[-1:] if name.startswith("lm_head.") else v for name, v in values.items()}
 
+    @cached_property
     def sample(self) -> list[str]:
         """Sites that both have: one block's, and all outside of blocks."""
-        blocks = self.ours.instrumented.blocks
-        shared = [name for name in self.ours.order if name in self.reference({})]
+        blocks, theirs = self.ours.instrumented.blocks, self.reference({})
+        shared = [name for name in self.ours.order if name in theirs]
         outside = [name for name in shared if not any(name.startswith(f"{block}.") for block in blocks)]
         names = [*outside, *(name for name in shared if name.startswith(f"{blocks[1]}."))]
         return [name for name in names if not name.endswith(ROUTER_OUTPUT)]
@@ -84,13 +86,13 @@ def test_sites_stand_in_the_order_in_which_transformers_runs(pair: Pair) -> None
 @pytest.mark.parametrize("change", ["all_rows", "last_row"])
 def test_an_assignment_has_the_effect_of_a_hook_that_returns_the_value(pair: Pair, change: str) -> None:
     edit = _all_rows if change == "all_rows" else _last
-    for name in pair.sample():
+    for name in pair.sample:
         ours, theirs = pair.ours.run([PROMPT], {name: edit}), pair.reference({name: edit})
         assert _wrong(ours, theirs) == {}, name
 
 
 def test_an_edit_in_place_has_the_effect_of_one_in_a_hook_or_is_refused(pair: Pair) -> None:
-    for name in pair.sample():
+    for name in pair.sample:
         if name.startswith("lm_head.") or pair.ours.instrumented.sites[name].info.refuse_inplace:
             continue
         ours, theirs = pair.ours.run([PROMPT], {name: _all_rows}), pair.reference({name: _all_rows}, inplace=True)
@@ -100,14 +102,14 @@ def test_an_edit_in_place_has_the_effect_of_one_in_a_hook_or_is_refused(pair: Pa
 
 def test_an_edit_leaves_a_neighbours_rows_bit_for_bit(pair: Pair) -> None:
     plain = pair.ours.run([OTHER, PROMPT], {})
-    for name in pair.sample():
+    for name in pair.sample:
         values = pair.ours.run([OTHER, PROMPT], {name: _all_rows}, edited=1, watched=0)
         assert all(torch.equal(values[n], plain[n]) for n in plain), name
 
 
 def test_an_assignment_of_the_same_value_changes_no_bit(pair: Pair) -> None:
     plain = pair.ours.run([PROMPT], {})
-    same = pair.ours.run([PROMPT], dict.fromkeys(pair.sample(), torch.clone))
+    same = pair.ours.run([PROMPT], dict.fromkeys(pair.sample, torch.clone))
     assert all(torch.equal(same[name], plain[name]) for name in plain)
 
 

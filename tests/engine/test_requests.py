@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,16 @@ def test_what_was_read_before_an_assignment_keeps_its_value(model: VLLM) -> None
     torch.testing.assert_close(difference, saved)
 
 
+def test_a_deep_copy_is_a_value(model: VLLM) -> None:
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        h = model.model.layers[0].output[0]
+        copied = copy.deepcopy(h)
+        copied[:] = 0
+        after = h.save()
+    assert bool((after != 0).any())
+    assert copy.deepcopy([after])[0] is not after
+
+
 def test_a_number_of_the_run_counts_up(model: VLLM) -> None:
     with model.trace(PROMPT, temperature=0.0, max_tokens=1):
         count = nv.int(model.samples.output) * 0
@@ -135,6 +146,7 @@ def test_prompt_logprobs_do_not_fire_the_logits_site(model: VLLM) -> None:
         logits = model.logits.output.save()
         result = tracer.result.save()
     assert logits.shape[0] == 1
+    assert len(result.prompt_logprobs) == len(PROMPT)
     assert int(logits.argmax()) == result.token_ids[0]
 
 
@@ -228,6 +240,8 @@ def test_prompts_come_in_many_forms(model: VLLM, prompt: object) -> None:
         (PROMPT, {"temperature": -1}, "temperature"),
         (PROMPT, {"no_such_argument": 1}, "no_such_argument"),
         (PROMPT, {"max_tokens": 0}, "max_tokens"),
+        (PROMPT, {"seed": "x"}, "seed"),
+        (b"ab", {}, "not bytes"),
     ],
 )
 def test_bad_prompts_and_sampling_are_refused_before_the_engine_sees_them(
