@@ -74,16 +74,8 @@ class Answers:
 def answers(checkpoint: str, sites: Any, dtype: str, num_tokens: int, one_by_one: bool = False) -> Answers:
     """Start an engine in a new process and let it answer. `sites` is `STOCK` for vLLM as it is."""
     job = {"checkpoint": checkpoint, "sites": sites, "dtype": dtype, "num_tokens": num_tokens, "one_by_one": one_by_one}
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_PLUGINS": "",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     command = [sys.executable, __file__, "--engine", json.dumps(job)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise RuntimeError(f"the engine {job} failed:\n{run.stderr[-3000:]}")
     return Answers(**json.loads(run.stdout.splitlines()[-1]))
@@ -105,6 +97,9 @@ def agreeing_tokens(one: Answers, other: Answers) -> float:
 
 def be_engine(job: dict[str, Any]) -> None:
     """The other process: start, answer, print."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    sys.path.insert(0, str(ROOT))
     from vllm import SamplingParams
 
     llm = _start(job["checkpoint"], job["sites"], job["dtype"])
@@ -112,7 +107,7 @@ def be_engine(job: dict[str, Any]) -> None:
     batches = [[prompt] for prompt in PROMPTS] if job["one_by_one"] else [PROMPTS]
     outputs = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    cache = worker.vllm_config.compilation_config.cache_dir
+    cache = worker.vllm_config.compilation_config.local_cache_dir
     print(json.dumps({"tokens": [list(output.outputs[0].token_ids) for output in outputs], "cache": cache}), flush=True)
     llm.llm_engine.engine_core.shutdown()
 
@@ -137,7 +132,9 @@ def measure(checkpoint: str, tell: Callable[[str], None]) -> list[tuple[str, str
         for sites in SETTINGS:
             tell(f"{dtype}: sites={sites!r}")
             ours = answers(checkpoint, sites, dtype, NUM_TOKENS)
-            rows.append((dtype, f"ours, `sites={json.dumps(sites)}`", num_equal(ours, stock), agreeing_tokens(ours, stock)))
+            rows.append(
+                (dtype, f"ours, `sites={json.dumps(sites)}`", num_equal(ours, stock), agreeing_tokens(ours, stock))
+            )
         tell(f"{dtype}: stock vLLM, one by one")
         alone = answers(checkpoint, STOCK, dtype, NUM_TOKENS, one_by_one=True)
         rows.append((dtype, "stock vLLM, prompts one by one", num_equal(alone, stock), agreeing_tokens(alone, stock)))

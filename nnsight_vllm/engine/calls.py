@@ -7,7 +7,7 @@ argument is cast to the module's own dtype (activations take any): `lm_head(norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +95,9 @@ class Calls:
             width = part.columns[1] - part.columns[0] if part.columns else int(host.output_size)  # type: ignore[arg-type]
             return int(host.input_size), width  # type: ignore[arg-type]
         if views.is_norm(host):
-            width = next(host.parameters()).shape[-1]
-            return width, width
+            weight = next(host.parameters(), None)
+            shape: Any = part.module.normalized_shape if weight is None else weight.shape
+            return shape[-1], shape[-1]
         width = self.model.config.model_config.get_hidden_size()
         return width, width
 

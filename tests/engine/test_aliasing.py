@@ -156,7 +156,7 @@ def test_an_edit_in_place_is_what_a_forward_hook_does(
 def test_branches_and_loops_give_places(model: VLLM, reference: Any) -> None:
     with model.trace(PROMPT, temperature=0.0, max_tokens=1):
         h = model.model.layers[0].output[0]
-        if h[0, 0] > h[1, 0]:
+        if h[0, 0] > h[1, 0]:  # noqa: SIM108
             row = h[0]
         else:
             row = h[1]

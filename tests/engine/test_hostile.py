@@ -95,7 +95,23 @@ def replant(tree: Any, draw: random.Random) -> Any:
     spots = list(_spots(tree))
     holder, key = draw.choice(spots)
     other, other_key = draw.choice(spots)
-    scalars = [None, True, -1, 0, 2**63, 2**64 - 1, 1e308, "", "\x00", "ref", "py.attr", "__class__", [], {}, b""]
+    scalars: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        2**63,
+        2**64 - 1,
+        1e308,
+        "",
+        "\x00",
+        "ref",
+        "py.attr",
+        "__class__",
+        [],
+        {},
+        b"",
+    ]
     holder[key] = draw.choice([msgspec.msgpack.decode(msgspec.msgpack.encode(other[other_key])), draw.choice(scalars)])
     return tree
 
@@ -203,7 +219,7 @@ def is_refused(graph: Any, model: VLLM) -> bool:
         check(decode(graph), model._engine.tree.catalogue)
     except (GraphError, OutOfOrderError, TypeError):
         return True
-    return graph == WITH_CONSTANT
+    return bool(graph == WITH_CONSTANT)
 
 
 def test_hostile_bytes_in_one_batch_leave_plain_requests_alone(model: VLLM) -> None:
@@ -226,7 +242,19 @@ def test_hostile_bytes_through_the_plain_llm_fail_that_request_only(model: VLLM)
 
 # -- nothing in the package could run code that came as data -------------------------------------------------------------
 
-MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "importlib", "runpy", "code", "ctypes", "subprocess"}
+MODULES = {
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "joblib",
+    "importlib",
+    "runpy",
+    "code",
+    "ctypes",
+    "subprocess",
+}
 NAMES = {"eval", "exec", "compile", "__import__", "import_module", "VLLM_ALLOW_INSECURE_SERIALIZATION"}
 OWNERS = {"builtins", "importlib"}
 LOADERS = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load"), ("os", "system"), ("os", "popen")}
@@ -254,7 +282,9 @@ def dangers(source: str) -> set[str]:
                 found |= {module.partition(".")[0]} & MODULES
             case ast.Name(id=name) if name in NAMES:
                 found.add(name)
-            case ast.Call(args=[ast.Name(), ast.Constant(value=str(name)), *_]) if name in NAMES:  # getattr and its like
+            case ast.Call(args=[ast.Name(), ast.Constant(value=str(name)), *_]) if (
+                name in NAMES
+            ):  # getattr and its like
                 found.add(name)
             case ast.Subscript(slice=ast.Constant(value=str(name))) if name in NAMES:
                 found.add(name)

@@ -122,7 +122,7 @@ def overflows(model: Any, tracer: Any) -> list[Any]:
     return [model.model.layers[0].output[0].save()]
 
 
-FILLING = [plain] * 6  # with two of every kind that makes 32
+FILLING: list[Body] = [plain] * 6  # with two of every kind that makes 32
 KINDS: list[Body] = [
     read_only,
     adds_to_the_residual,
@@ -186,12 +186,12 @@ def run(model: VLLM, *asked: Asked) -> list[Got]:
                     saved.append(one.body(model, tracer))
     except* InterventionError as group:
         errors = [str(error) for error in group.exceptions]
-    for one, result, values in zip(got, results, saved, strict=True):
-        one.tokens, one.reason = list(result.token_ids), result.finish_reason
-        if one.reason == "error":
-            one.error = errors.pop(0)
+    for answer, result, values in zip(got, results, saved, strict=True):
+        answer.tokens, answer.reason = list(result.token_ids), result.finish_reason
+        if answer.reason == "error":
+            answer.error = errors.pop(0)
         else:
-            one.values = [plain_value(value) for value in values]
+            answer.values = [plain_value(value) for value in values]
     assert errors == []
     return got
 
@@ -233,6 +233,12 @@ def tiny(engines: Engines, tiny_checkpoint: Callable[[str], str]) -> Iterator[VL
     model = engines(tiny_checkpoint("llama"), max_model_len=128, max_num_batched_tokens=64, max_num_seqs=10)
     yield model
     model.check_integrity()
+
+
+def test_a_wrong_row_exceeds_the_tolerance() -> None:
+    right = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert difference([right], [right * (1 + 1e-6)]) < TOLERANCE < difference([right], [right.roll(1, 0)])
+    assert difference([right, [right]], [right, [right + 0.01]]) > TOLERANCE
 
 
 def test_in_a_mixed_batch_each_request_gets_what_it_gets_alone(tiny: VLLM) -> None:

@@ -54,3 +54,22 @@ def test_in_place_operators_change_a_tensor_and_return_it() -> None:
     assert OPERATIONS["py.ipow"](tensor, 2) is tensor
     assert OPERATIONS["py.ilshift"](tensor, 1) is tensor
     assert tensor.tolist() == [8, 18]
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "right"),
+    [
+        ("py.mul", [0], 10**9),
+        ("py.mul", 10**9, "ab"),
+        ("py.imul", [0], 10**9),
+        ("py.mul", 1 << 40_000, 1 << 40_000),
+        ("py.pow", 2, 10**6),
+        ("py.lshift", 1, 10**9),
+        ("py.add", "a" * (1 << 20), "b"),
+        ("py.mod", "%999999999d", 1),
+    ],
+    ids=["list", "text", "in-place", "integers", "power", "shift", "join", "format"],
+)
+def test_plain_values_cannot_be_blown_up(name: str, left: object, right: object) -> None:
+    with pytest.raises((OverflowError, TypeError)):
+        OPERATIONS[name](left, right)

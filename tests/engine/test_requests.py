@@ -241,6 +241,8 @@ def test_prompts_come_in_many_forms(model: VLLM, prompt: object) -> None:
         (PROMPT, {"no_such_argument": 1}, "no_such_argument"),
         (PROMPT, {"max_tokens": 0}, "max_tokens"),
         (PROMPT, {"seed": "x"}, "seed"),
+        (PROMPT, {"logprobs": 10**6}, "logprobs"),
+        (PROMPT, {"logit_bias": {9000: 1.0}}, "9000"),
         (b"ab", {}, "not bytes"),
     ],
 )

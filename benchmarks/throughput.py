@@ -1,0 +1,140 @@
+"""How fast is a batch whose requests carry graphs, against vLLM alone?
+
+Every case runs on stock vLLM, on our engine, and on a second stock vLLM (A/A: what two equal engines differ by). Required
+bars are those of the issue; a bar holds if the median of the paired ratios reaches it.
+
+    python benchmarks/throughput.py [--case add_30] [--rounds 5] [--starts 1]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+from cases import CASES, Case
+from harness import NUM_REQUESTS, NUM_TOKENS, Measured, Side, SideError, Task, measure, random_prompts, sides, trio
+from messages import Done, Job
+from ratios import Ratio, paired
+from results import Row, arguments, console, facts, keep, show, tell
+
+COLUMNS = ["case", "stock tok/s", "ours tok/s", "ratio [95 %]", "spread", "A/A [95 %]", "bar", "", "first run"]
+
+
+def task_of(case: Case, num_rounds: int | None, num_requests: int = NUM_REQUESTS, num_tokens: int = NUM_TOKENS) -> Task:
+    """The case as work for three sides."""
+    return Task(
+        name=case.name,
+        works={"stock": "cases:plain", "ours": case.work, "again": "cases:plain"},
+        num_rounds=num_rounds or case.num_rounds,
+        num_requests=num_requests,
+        num_tokens=num_tokens,
+        options=case.options,
+        check=_checked(case, num_requests, num_tokens),
+    )
+
+
+def row_of(task: Task, measured: Measured, run: Row) -> Row:
+    """What is kept of a case."""
+    return {
+        "num_requests": task.num_requests,
+        "num_tokens": task.num_tokens,
+        "options": task.options,
+        "ratio": paired(measured.seconds("stock"), measured.seconds("ours")),
+        "a_a": paired(measured.seconds("stock"), measured.seconds("again")),
+        "rounds": measured.rounds,
+        "first": measured.first,
+        "run": run,
+    }
+
+
+def main() -> None:
+    from nnsight_vllm import demo_model
+
+    options = arguments(__doc__, [case.name for case in CASES])
+    chosen = [case for case in CASES if case.name in options.names]
+    rows: dict[str, Row] = {}
+    for sites, group in groupby(sorted(chosen, key=lambda case: str(case.sites)), key=lambda case: case.sites):
+        rows |= _measured(list(group), trio(demo_model(), sites), vocab_of(demo_model()), options)
+    print_rows(rows)
+    keep(options, "throughput", rows, min(len(row["rounds"]) for row in rows.values()))
+
+
+def vocab_of(checkpoint: str) -> int:
+    """The size of a checkpoint's vocabulary."""
+    config: dict[str, Any] = json.loads((Path(checkpoint) / "config.json").read_text())
+    return int(config["vocab_size"])
+
+
+def print_rows(rows: dict[str, Row]) -> None:
+    """The table on the screen."""
+    by_name = {case.name: case for case in CASES}
+    show("throughput against stock vLLM", COLUMNS, [_cells(by_name[name], row) for name, row in rows.items()])
+
+
+def _measured(cases: list[Case], starts: Any, vocab: int, options: Any) -> dict[str, Row]:
+    tasks = [task_of(case, options.rounds) for case in cases]
+    with sides(starts, tell=tell) as alive:
+        run = facts(alive, options.seed)
+        measured = measure(alive, tasks, vocab, options.seed, tell)
+        for case in cases:
+            _require_edits(alive["ours"], case, vocab)
+    for case in cases:
+        console.print(
+            f"{case.name}: {paired(measured[case.name].seconds('stock'), measured[case.name].seconds('ours'))}"
+        )
+    return {
+        case.name: {"title": case.title, "bar": case.bar, "sites": case.sites, **row_of(task, measured[case.name], run)}
+        for case, task in zip(cases, tasks, strict=True)
+    }
+
+
+def _cells(case: Case, row: Row) -> list[str]:
+    ratio: Ratio = row["ratio"]
+    count = row["num_requests"] * row["num_tokens"]
+    speed = {side: count / _median([entry[side] for entry in row["rounds"]]) for side in ("stock", "ours")}
+    return [
+        case.name,
+        f"{speed['stock']:.0f}",
+        f"{speed['ours']:.0f}",
+        str(ratio),
+        f"{ratio.smallest:.3f}–{ratio.largest:.3f}",
+        str(row["a_a"]),
+        "" if case.bar is None else f"{case.bar:.2f}",
+        "" if case.bar is None else ("holds" if ratio.median >= case.bar else "missed"),
+        f"{row['first']['ours']:.2f} s",
+    ]
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _checked(case: Case, num_requests: int, num_tokens: int) -> Callable[[dict[str, Done]], None]:
+    """A run that didn't do its work must not count as a fast one."""
+
+    def check(done: dict[str, Done]) -> None:
+        for side, run in done.items():
+            if [len(tokens) for tokens in run.tokens] != [num_tokens] * num_requests:
+                raise SideError(f"{case.name}: {side} generated {[len(tokens) for tokens in run.tokens]} tokens")
+        if done["ours"].num_values != case.num_values * num_requests:
+            raise SideError(
+                f"{case.name}: {done['ours'].num_values} values came home of {case.num_values * num_requests}"
+            )
+
+    return check
+
+
+def _require_edits(ours: Side, case: Case, vocab: int) -> None:
+    """Raise if a case that edits generates what our idle engine generates."""
+    job = Job("cases:idle", random_prompts(Random(0), vocab, NUM_REQUESTS), NUM_TOKENS, 0, case.options)
+    if case.is_editing and ours.run(job).tokens == ours.run(msgspec.structs.replace(job, work=case.work)).tokens:
+        raise SideError(f"{case.name}: the edits changed nothing")
+
+
+if __name__ == "__main__":
+    main()
