@@ -19,19 +19,20 @@ Run = Callable[[], Delivered]
 
 @dataclass(frozen=True)
 class Case:
-    """`num_values` counts saved values by request; `is_editing`: it changes what the engine generates."""
+    """`is_saving`: every request brings values home; `is_editing`: it changes what the engine generates."""
 
     name: str
     title: str
     bar: float | None
     sites: Sites = "all"
-    num_values: int = 0
+    is_saving: bool = False
     is_editing: bool = True
     options: dict[str, int] = field(default_factory=dict)
+    function: str = ""
 
     @property
     def work(self) -> str:
-        return f"cases:{self.name.removesuffix('_blocks')}"
+        return f"cases:{self.function or self.name}"
 
     @property
     def num_rounds(self) -> int:
@@ -41,13 +42,13 @@ class Case:
 
 CASES = [
     Case("idle", 'idle, `sites="all"`', 0.98, is_editing=False),
-    Case("idle_blocks", 'idle, `sites="blocks"`', None, sites="blocks", is_editing=False),
+    Case("idle_blocks", 'idle, `sites="blocks"`', None, sites="blocks", is_editing=False, function="idle"),
     Case("add_1", "add a different vector at one block, every token", 0.96),
     Case("add_30", "add a different vector at all 30 blocks, every token", 0.90),
-    Case("save_30", "save the last token's state at 30 blocks, every step", 0.88, num_values=30, is_editing=False),
-    Case("gated", "gated projection and top-8 of a 4,096-feature encoder saved, one structure", 0.85, num_values=1),
+    Case("save_30", "save the last token's state at 30 blocks, every step", 0.88, is_saving=True, is_editing=False),
+    Case("gated", "gated projection and top-8 of a 4,096-feature encoder saved, one structure", 0.85, is_saving=True),
     Case("structures", "32 different structures at one site", 0.80, options={"structures": 32, "operations": 5}),
-    Case("logits", "logits: ban list, bias and saved top-5, every step", 0.93, num_values=1),
+    Case("logits", "logits: ban list, bias and saved top-5, every step", 0.93, is_saving=True),
 ]
 
 NUM_FEATURES = 4096
@@ -88,8 +89,8 @@ def save_30(host: Host, job: Job) -> Run:
                             state.append(layer.output[0][-1])
                     states.append(saved)
                     done.append(tracer.result.save())
-        lists = [state for saved in states for state in saved]
-        return Delivered(_tokens(done), sum(_look(state, job.num_tokens, lambda row: row[0]) for state in lists))
+        complete = [all(_look(state, job.num_tokens, lambda row: row[0]) for state in saved) for saved in states]
+        return Delivered(_tokens(done), sum(complete))
 
     return run
 
@@ -246,10 +247,10 @@ def _tokens(done: list[Any]) -> list[list[int]]:
     return [list(result.token_ids) for result in done]
 
 
-def _look(saved: Any, length: int, element: Callable[[Any], Any]) -> int:
-    """Look at a saved list as its user would. Returns 1 if everything is there."""
+def _look(saved: Any, length: int, element: Callable[[Any], Any]) -> bool:
+    """Look at a saved list as its user would. Returns whether everything is there."""
     number = float(element(saved[length // 2]))
-    return int(len(saved) == length and number == number)
+    return len(saved) == length and number == number
 
 
 def _nv() -> Any:

@@ -6,6 +6,7 @@ what is run inside of it: everything that a user would do, from recording to loo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,11 +42,12 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """What a run took. `num_values`: saved values that the work looked at; `tokens`: generated ids by request."""
+    """What a run took, and what it delivered."""
 
     seconds: float
     tokens: list[list[int]]
-    num_values: int
+    num_complete: int
+    numbers: list[float]
 
 
 class Ready(Struct, frozen=True, tag="ready"):
@@ -76,10 +78,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Delivered:
-    """What a run brought home."""
+    """What a run brought home: generated ids by request, how many requests had all their values, numbers to compare."""
 
     tokens: list[list[int]]
-    num_values: int = 0
+    num_complete: int = 0
+    numbers: list[float] = dataclasses.field(default_factory=list)
 
 
 Work = Callable[[Host, Job], Callable[[], Delivered]]

@@ -19,6 +19,8 @@ from harness import ARGUMENTS, ROOT, Side
 from rich.console import Console
 from rich.table import Table
 
+from nnsight_vllm import demo_model
+
 RESULTS = Path(__file__).with_name("results")
 MIN_ROUNDS = 5
 Row = dict[str, Any]
@@ -35,7 +37,9 @@ def arguments(question: str | None, names: Sequence[str] = ()) -> argparse.Names
     parser.add_argument("--case", action="append", choices=names, help="only this case; may be given several times")
     parser.add_argument("--seed", type=int, default=time.time_ns() & 0xFFFFFF, help="of prompts, constants and order")
     parser.add_argument("--out", type=Path, help="write the results to this folder, however few the rounds are")
+    parser.add_argument("--checkpoint", help="another model than the demo model (the results are about that one)")
     parsed = parser.parse_args()
+    parsed.checkpoint = parsed.checkpoint or demo_model()
     parsed.names = [name for name in names if parsed.case is None or name in parsed.case]
     return parsed
 

@@ -53,7 +53,7 @@ def _timed(host: Host, job: Job) -> Done:
     start = time.perf_counter()
     delivered = run()
     seconds = time.perf_counter() - start
-    return Done(seconds, delivered.tokens, delivered.num_values)
+    return Done(seconds, delivered.tokens, delivered.num_complete, delivered.numbers)
 
 
 def _own_stdout() -> BinaryIO:

@@ -90,16 +90,20 @@ def test_a_subtraction_is_an_add_with_the_other_sign(toy: Toy) -> None:
     assert toy.step(r=(2, 0))["r"].tolist() == [ONES, ONES]
 
 
-def test_assigning_a_site_broadcasts_and_earlier_reads_see_it(toy: Toy) -> None:
+def test_assigning_a_site_broadcasts_and_earlier_reads_keep_their_value(toy: Toy) -> None:
     saved = toy.run(
         graph(
             Read(0, "2.mlp", 0),
-            Op(1, "torch.tensor", [List([1, 2, 3, 4])]),
-            Write(2, "2.mlp", Ref(1), 0),
-            Save(3, "x", Ref(0)),
+            Save(1, "before", Ref(0)),
+            Op(2, "torch.tensor", [List([1, 2, 3, 4])]),
+            Write(3, "2.mlp", Ref(2), 0),
+            Save(4, "kept", Ref(0)),
+            Read(5, "2.mlp", 0),
+            Save(6, "after", Ref(5)),
         )
     )
-    assert saved["x"] == [[1.0, 2.0, 3.0, 4.0]] * 2
+    assert saved["kept"] == saved["before"]
+    assert saved["after"] == [[1.0, 2.0, 3.0, 4.0]] * 2
 
 
 def test_a_site_may_be_assigned_a_view_of_itself(toy: Toy) -> None:
@@ -109,7 +113,8 @@ def test_a_site_may_be_assigned_a_view_of_itself(toy: Toy) -> None:
             set_item(1, 0, Tuple([0, 0]), 7, "0.mlp"),
             Op(2, "py.getitem", [Ref(0), 0]),
             Write(3, "0.mlp", Ref(2), 0),
-            Save(4, "x", Ref(0)),
+            Read(4, "0.mlp", 0),
+            Save(5, "x", Ref(4)),
         )
     )
     assert saved["x"] == [[7.0, 1.0, 1.0, 1.0]] * 2

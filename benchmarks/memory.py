@@ -1,0 +1,76 @@
+"""Does an engine that serves graphs grow?
+
+Resident memory of each process of an engine, after every batch of requests whose graphs add, save, compute and differ; 2,000
+requests after a warm-up. Stock vLLM runs the same prompts beside it. Each case of the table takes its turn.
+
+    python benchmarks/memory.py [--rounds 8]
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import psutil
+from cases import CASES
+from harness import Side, random_prompts, sides, start_of
+from messages import Job
+from results import Row, arguments, facts, keep, show, tell
+from throughput import vocab_of
+
+BATCH = 50
+BATCHES_A_ROUND = 5  # one of each case
+NUM_ROUNDS = 8  # of 250 requests
+NUM_TOKENS = 16
+CASE_NAMES = ("add_30", "save_30", "gated", "structures", "logits")
+MEGABYTE = 1 << 20
+
+
+def main() -> None:
+    options = arguments(__doc__, ["ours", "stock"])
+    num_rounds = options.rounds or NUM_ROUNDS
+    starts = {name: start_of(name, options.checkpoint) for name in options.names}
+    vocab = vocab_of(options.checkpoint)
+    rows: dict[str, Row] = {}
+    for name, start in starts.items():
+        with sides({name: start}, tell=tell) as alive:
+            run = facts(alive, options.seed)
+            points = list(_memory(alive[name], name, vocab, num_rounds, random.Random(options.seed)))
+        rows[name] = {"num_requests": num_rounds * BATCHES_A_ROUND * BATCH, "megabytes": points, "run": run}
+    table = [[name, role, *_span(row["megabytes"], role)] for name, row in rows.items() for role in row["megabytes"][0]]
+    show("resident memory, MB", ["engine", "process", "after warm-up", "at the end", "largest"], table)
+    keep(options, "memory", rows, num_rounds)
+
+
+def resident(side: Side) -> dict[str, int]:
+    """Megabytes of an engine's processes, by what they do."""
+    front = psutil.Process(side.pid)
+    found = {"front end": front.memory_info().rss // MEGABYTE}
+    for child in front.children(recursive=True):
+        role = next((name for name in ("Worker", "EngineCore") if name in " ".join(child.cmdline()[:1])), None)
+        if role is not None:
+            found[role] = child.memory_info().rss // MEGABYTE
+    return found
+
+
+def _memory(side: Side, name: str, vocab: int, num_rounds: int, draw: random.Random) -> Iterator[dict[str, int]]:
+    """After the warm-up, then after each round."""
+    for number in range(num_rounds + 1):
+        for case in CASES:
+            if case.name in CASE_NAMES:
+                prompts = random_prompts(draw, vocab, BATCH)
+                options = {**case.options, **({"structures": BATCH} if case.name == "structures" else {})}
+                work = case.work if name == "ours" else "cases:plain"
+                side.run(Job(work, prompts, NUM_TOKENS, draw.getrandbits(31), options))
+        megabytes = resident(side)
+        tell(f"{name}: {number * BATCHES_A_ROUND * BATCH} requests after the warm-up, {megabytes} MB")
+        yield megabytes
+
+
+def _span(points: list[dict[str, int]], role: str) -> list[int]:
+    values = [point[role] for point in points]
+    return [values[0], values[-1], max(values)]
+
+
+if __name__ == "__main__":
+    main()
