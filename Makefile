@@ -1,5 +1,7 @@
 # make demo    set everything up and run the quickstart        make venv    only set up
 # make test    set everything up and run every test            make check   formatting, lint, types
+# make bench   throughput against stock vLLM, and the table in README.md (an hour or less; nothing else should run)
+# make bench-all  every benchmark               make bench-table  only the pages, from benchmarks/results
 # make clean   remove what these made here (not the cache of the demo model)
 
 # A Python of your choice: make PYTHON=/path/to/python3.12 demo
@@ -12,7 +14,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: venv demo test check clean
+.PHONY: venv demo test check bench bench-all bench-table clean
 
 venv: $(STAMP)
 
@@ -26,6 +28,17 @@ check: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+bench: $(STAMP)
+	$(RUN) benchmarks/throughput.py $(ARGS)
+	$(RUN) benchmarks/table.py
+
+bench-all: $(STAMP)
+	for question in throughput growth tiny memory sweep; do $(RUN) benchmarks/$$question.py $(ARGS) || exit 1; done
+	$(RUN) benchmarks/table.py
+
+bench-table: $(STAMP)
+	$(RUN) benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -99,7 +99,7 @@ def gated(host: Host, job: Job) -> Run:
     """Project a direction out where another one is active; save the strongest features of a shared encoder."""
     draw = _Draw(job)
     directions, probes = draw.vectors(host.hidden), draw.vectors(host.hidden)
-    thresholds = torch.rand(len(job.prompts), generator=draw.generator).tolist()
+    thresholds = (torch.randn(len(job.prompts), generator=draw.generator) * 0.01).tolist()
     encoder = _encoder(host.hidden)
     model, block = host.engine, host.num_layers // 3
 

@@ -8,10 +8,11 @@ requests after a warm-up. Stock vLLM runs the same prompts beside it. Each case 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
-import psutil
 from cases import CASES
 from harness import Side, random_prompts, sides, start_of
 from messages import Job
@@ -24,6 +25,7 @@ NUM_ROUNDS = 8  # of 250 requests
 NUM_TOKENS = 16
 CASE_NAMES = ("add_30", "save_30", "gated", "structures", "logits")
 MEGABYTE = 1 << 20
+ROLES = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "worker"}
 
 
 def main() -> None:
@@ -44,13 +46,23 @@ def main() -> None:
 
 def resident(side: Side) -> dict[str, int]:
     """Megabytes of an engine's processes, by what they do."""
-    front = psutil.Process(side.pid)
-    found = {"front end": front.memory_info().rss // MEGABYTE}
-    for child in front.children(recursive=True):
-        role = next((name for name in ("Worker", "EngineCore") if name in " ".join(child.cmdline()[:1])), None)
-        if role is not None:
-            found[role] = child.memory_info().rss // MEGABYTE
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and _session(int(folder.name)) == side.pid:
+            title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            role = "front end" if int(folder.name) == side.pid else ROLES.get(title)
+            if role is not None:
+                pages = int((folder / "statm").read_text().split()[1])
+                found[role] = pages * os.sysconf("SC_PAGE_SIZE") // MEGABYTE
     return found
+
+
+def _session(pid: int) -> int | None:
+    """An engine's processes are a session of their own."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _memory(side: Side, name: str, vocab: int, num_rounds: int, draw: random.Random) -> Iterator[dict[str, int]]:

@@ -14,7 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    _CPUWorker = _CPUModelRunner = _NNsightRunner = Any
+    _CPUWorker = Any
+    _CPUModelRunner = Any
+    _NNsightRunner = Any
     _NNsightWorker: Any = None
 else:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner as _CPUModelRunner
@@ -24,17 +26,17 @@ else:
     _NNsightWorker = import_module("nnsight.modeling.vllm.workers.GPUWorker").NNsightGPUWorker
 
 
-class Runner(_NNsightRunner, _CPUModelRunner):
+class Runner(_NNsightRunner, _CPUModelRunner):  # type: ignore[misc]
     """nnsight's methods over the CPU runner's."""
 
 
-class Worker(_CPUWorker):
+class Worker(_CPUWorker):  # type: ignore[misc]
     """vLLM's CPU worker with nnsight's runner and remote calls."""
 
-    collect_nnsight = _NNsightWorker.collect_nnsight if _NNsightWorker else None
-    nnsight_request_count = _NNsightWorker.nnsight_request_count if _NNsightWorker else None
-    nnsight_register = _NNsightWorker.nnsight_register if _NNsightWorker else None
-    nnsight_clear_registered = _NNsightWorker.nnsight_clear_registered if _NNsightWorker else None
+    collect_nnsight = _NNsightWorker.collect_nnsight
+    nnsight_request_count = _NNsightWorker.nnsight_request_count
+    nnsight_register = _NNsightWorker.nnsight_register
+    nnsight_clear_registered = _NNsightWorker.nnsight_clear_registered
 
     def init_device(self) -> None:
         import torch
@@ -52,3 +54,41 @@ def open_peer(checkpoint: str, arguments: dict[str, Any]) -> Any:
     peer = import_module("nnsight.modeling.vllm").VLLM
     peer._WORKER_CLS = "nnsight_peer.Worker"
     return peer(checkpoint, dispatch=True, **arguments)
+
+
+def patching_sweep(
+    model: Any, clean: list[int], corrupted: list[int], answers: tuple[int, int], sampling: dict[str, Any]
+) -> list[float]:
+    """The sweep in its language; a block gives `(hidden, residual)`, whose sum is the residual stream."""
+    right, wrong = answers
+    with model.trace(clean, **sampling):
+        states = []
+        for layer in model.model.layers:
+            hidden, residual = layer.output
+            states.append((hidden + residual).clone())
+        states.save()  # type: ignore[attr-defined]
+    places = [(block, token) for block in range(len(states)) for token in range(len(corrupted))]
+    rows = [states[block][token].clone() for block, token in places]
+    return _patched(model, corrupted, places, rows, right, wrong, sampling)
+
+
+def _patched(
+    model: Any,
+    corrupted: list[int],
+    places: list[tuple[int, int]],
+    rows: list[Any],
+    right: int,
+    wrong: int,
+    sampling: dict[str, Any],
+) -> list[float]:
+    """All patched runs in one trace. Every request takes along the names of its block only."""
+    with model.trace(**sampling) as tracer:
+        differences: Any = [None] * len(places)
+        differences.save()
+        for number, ((block, token), row) in enumerate(zip(places, rows, strict=True)):
+            with tracer.invoke(corrupted):
+                hidden, residual = model.model.layers[block].output
+                hidden[token] = row - residual[token]
+                logits = model.logits[0]
+                differences[number] = float(logits[right] - logits[wrong])
+    return list(differences)

@@ -15,11 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from cases import CASES
 from harness import Measured, Task, measure, sides, trio
 from ratios import RESAMPLES
 from results import Row, arguments, facts, keep, show, tell
 from throughput import task_of, vocab_of
+
+Values = npt.NDArray[np.float64]
 
 NUM_ROUNDS = 9
 REQUESTS = (1, 16, 64, 256)
@@ -86,12 +89,13 @@ def _row(measured: dict[str, Measured], name: str, count: int) -> Row:
     }
 
 
-def _slope(few: Sequence[float], many: Sequence[float]) -> np.ndarray:
+def _slope(few: Sequence[float], many: Sequence[float]) -> Values:
     """Microseconds a step, round by round."""
-    return (np.array(many) - np.array(few)) / (MANY - FEW) * 1e6
+    slopes: Values = (np.array(many) - np.array(few)) / (MANY - FEW) * 1e6
+    return slopes
 
 
-def _interval(values: np.ndarray) -> list[float]:
+def _interval(values: Values) -> list[float]:
     """The median and its 95 % interval."""
     drawn = np.median(np.random.default_rng(0).choice(values, (RESAMPLES, len(values))), axis=1)
     return [float(np.median(values)), *(float(bound) for bound in np.percentile(drawn, [2.5, 97.5]))]

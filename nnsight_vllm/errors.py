@@ -1,21 +1,21 @@
 """Every error this package raises on purpose.
 
-    NNsightError
-    ├── RecordError                 while the block is recorded; carries the user's file and line
-    │   ├── OutOfOrderError         a site that the model has already passed
-    │   ├── UnknownModuleError      no such module or site; names the nearest ones
-    │   ├── RefusedError            exists in the model, but can't be touched this way; says why
-    │   ├── ScopeError              a name bound on one path only, or used outside its branch or loop
-    │   ├── ControlFlowError        Python control flow over a proxy that can't be recorded
-    │   └── GradientsUnavailable    vLLM keeps no tape
-    ├── GraphError                  a graph that isn't legal (bad bytes, unknown op, dangling value)
-    ├── ValueNotSetError            a proxy's value is read, but it was not saved or never computed
-    ├── AdmissionError              the request can't be accepted: prompt, sampling arguments, limits
-    ├── EngineSettingError          an engine setting that graphs don't support yet
-    ├── InterventionError           the graph failed while it ran; carries the user's file and line
-    │   └── PreemptedError          the engine evicted the request; sending it again may succeed
-    ├── IntegrityError              the worker still tracks something that it shouldn't
-    └── DemoModelError              the demo checkpoint can't be had
+NNsightError
+├── RecordError                 while the block is recorded; carries the user's file and line
+│   ├── OutOfOrderError         a site that the model has already passed
+│   ├── UnknownModuleError      no such module or site; names the nearest ones
+│   ├── RefusedError            exists in the model, but can't be touched this way; says why
+│   ├── ScopeError              a name bound on one path only, or used outside its branch or loop
+│   ├── ControlFlowError        Python control flow over a proxy that can't be recorded
+│   └── GradientsUnavailable    vLLM keeps no tape
+├── GraphError                  a graph that isn't legal (bad bytes, unknown op, dangling value)
+├── ValueNotSetError            a proxy's value is read, but it was not saved or never computed
+├── AdmissionError              the request can't be accepted: prompt, sampling arguments, limits
+├── EngineSettingError          an engine setting that graphs don't support yet
+├── InterventionError           the graph failed while it ran; carries the user's file and line
+│   └── PreemptedError          the engine evicted the request; sending it again may succeed
+├── IntegrityError              the worker still tracks something that it shouldn't
+└── DemoModelError              the demo checkpoint can't be had
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ before vLLM's output processor looks at them.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,10 +132,16 @@ def decode_value(value: Value) -> object:
         case ListValue():
             return [decode_value(item) for item in value.items]
         case TupleValue():
-            return tuple(decode_value(item) for item in value.items)
+            items = tuple(decode_value(item) for item in value.items)
+            return _named(value.names, items) if value.names else items
         case DictValue():
             return {decode_value(key): decode_value(item) for key, item in value.items}
         case DtypeValue():
             return getattr(torch, value.name)
         case _:
             return value
+
+
+def _named(names: tuple[str, ...], items: tuple[object, ...]) -> object:
+    kind: Any = namedtuple("Result", names)
+    return kind(*items)

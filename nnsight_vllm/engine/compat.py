@@ -245,7 +245,7 @@ def _raw_rows(runner: Any, executor: Executor, logits: Tensor) -> dict[int, Tens
         return {}
     indices = [index for index, id in enumerate(batch.req_ids) if executor.writes_samples(id)]
     if runner.sampler.logprobs_mode == "raw_logits":
-        return {index: logits[index].float() for index in indices}
+        return {index: logits[index].to(torch.float32, copy=True) for index in indices}
     return {index: logits[index].log_softmax(-1, dtype=torch.float32) for index in indices}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
+from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, check_depth, evaluate
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
@@ -192,7 +192,10 @@ class Interpreter:
     def op(self, request: Request, node: Op) -> Any:
         args = [evaluate(arg, request.env) for arg in node.args]
         kwargs = {key: evaluate(value, request.env) for key, value in node.kwargs.items()}
-        if request.place is not None and _fills_container(node.name, args):
+        is_filling = _fills_container(node.name, args)
+        if is_filling:
+            check_depth([args[1:] if args and isinstance(args[0], list | dict) else args, list(kwargs.values())])
+        if request.place is not None and is_filling:
             args = [_settled_arg(arg, value, request.place) for arg, value in zip(node.args, args, strict=True)]
             kwargs = {key: _settled_arg(node.kwargs[key], value, request.place) for key, value in kwargs.items()}
         if node.writes is not None:

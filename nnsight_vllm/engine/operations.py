@@ -21,6 +21,7 @@ Operation = Callable[..., Any]
 
 MAX_POWER = 4096
 MAX_BITS = 1 << 16
+MAX_NESTING = 32
 MAX_LENGTH = 1 << 20
 _ATTRIBUTES = """
 values indices shape dtype ndim T mT Q R U S V Vh L eigenvalues eigenvectors sign logabsdet solution residuals rank
@@ -132,6 +133,29 @@ def _check_length(length: int) -> None:
         raise OverflowError(f"a container or text of length {length}; the limit is {MAX_LENGTH}")
 
 
+def _guarded_division(divide: Operation) -> Operation:
+    """The smallest integer divided by -1 has no integer result, and with `rounding_mode` the processor traps."""
+
+    def run(left: Any, right: Any, *args: Any, **kwargs: Any) -> Any:
+        values = [torch.as_tensor(left), torch.as_tensor(right)]
+        if kwargs.get("rounding_mode") and not any(value.is_floating_point() for value in values):
+            smallest = torch.iinfo(torch.result_type(*values)).min
+            if bool((values[0] == smallest).any()) and bool((values[1] == -1).any()):
+                raise OverflowError(f"{smallest} / -1 isn't an integer of this type")
+        return divide(left, right, *args, **kwargs)
+
+    return run
+
+
+def check_depth(value: Any, depth: int = 0) -> None:
+    """Raise where containers are nested too deeply: Python walks them by recursion."""
+    if isinstance(value, list | tuple | dict):
+        if depth >= MAX_NESTING:
+            raise OverflowError(f"containers nested more than {MAX_NESTING} deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            check_depth(item, depth + 1)
+
+
 def _in_place_power(base: Any, exponent: Any) -> Any:
     return base.__ipow__(exponent) if isinstance(base, Tensor) else _power(base, exponent)
 
@@ -235,3 +259,5 @@ _PY: dict[str, Operation] = {
 }
 
 OPERATIONS: dict[str, Operation] = {name: _resolve(name) for name in sorted(OPS)}
+for _name in ("torch.div", "torch.divide", "tensor.div", "tensor.divide", "tensor.div_", "tensor.divide_"):
+    OPERATIONS[_name] = _guarded_division(OPERATIONS[_name])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nnsight_vllm.engine.places import Place
-from nnsight_vllm.engine.results import Outbox
+from nnsight_vllm.engine.results import Outbox, describe
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.plan.program import Program
@@ -141,8 +141,7 @@ class Request:
     def fail(self, error: BaseException, keep_token: bool) -> None:
         """The request's own failure: nobody else hears of it."""
         retryable = isinstance(error, InterventionError) and error.retryable
-        message = f"{error}" or repr(error)
-        self.outbox.fail(Failure(type(error).__name__, message, self.node, retryable), keep_token)
+        self.outbox.fail(Failure(type(error).__name__, describe(error), self.node, retryable), keep_token)
         self._finish(Status.FAILED)
 
     def _finish(self, status: Status) -> None:

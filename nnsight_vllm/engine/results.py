@@ -25,6 +25,7 @@ from nnsight_vllm.graph.results import (
 from nnsight_vllm.graph.wire import encode_delta
 
 _UNSENT = object()
+MAX_MESSAGE = 4096
 
 
 class Outbox:
@@ -66,12 +67,12 @@ class Outbox:
     def take(self) -> bytes | None:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
         try:
-            delta = self._delta()
+            data = _encode(self._delta())
         except Exception as error:
-            failure = Failure(type(error).__name__, f"a saved value can't be sent: {error}")
-            delta = Delta(failure=failure, keep_token=self.keep_token)
+            failure = Failure(type(error).__name__, f"a saved value can't be sent: {describe(error)}")
+            data = encode_delta(Delta(failure=failure, keep_token=self.keep_token))
         self._clear()
-        return None if delta == Delta() else encode_delta(delta)
+        return data
 
     def _delta(self) -> Delta:
         saves = [Saved(name, encode_value(value)) for name, value in self._values.items()]
@@ -83,6 +84,19 @@ class Outbox:
     def _clear(self) -> None:
         self._values, self._logs, self._changed = {}, [], set()
         self.stopped, self.keep_token, self.failure = False, True, None
+
+
+def describe(error: BaseException) -> str:
+    """An error's text, also where it has none that can be made or sent, cut to a sane length."""
+    try:
+        text = str(error) or repr(error)
+    except Exception:  # a stranger's value may be what can't be printed
+        text = "an error without a printable text"
+    return text.encode("utf-8", "backslashreplace").decode()[:MAX_MESSAGE]
+
+
+def _encode(delta: Delta) -> bytes | None:
+    return None if delta == Delta() else encode_delta(delta)
 
 
 class Followed:
@@ -114,11 +128,18 @@ def frozen_copy(value: Any) -> Any:
         case list():
             return [frozen_copy(item) for item in value]
         case tuple():
-            return tuple(frozen_copy(item) for item in value)
+            items = tuple(frozen_copy(item) for item in value)
+            return type(value)(items) if names_of(value) else items
         case dict():
             return {key: frozen_copy(item) for key, item in value.items()}
         case _:
             return value
+
+
+def names_of(value: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names of the items of one of torch's results, such as `values` and `indices`."""
+    kind: Any = type(value)
+    return tuple(kind.__match_args__) if kind.__module__ == "torch.return_types" else ()
 
 
 def encode_value(value: Any) -> Value:
@@ -129,7 +150,7 @@ def encode_value(value: Any) -> Value:
         case list():
             return ListValue([encode_value(item) for item in value])
         case tuple():
-            return TupleValue([encode_value(item) for item in value])
+            return TupleValue([encode_value(item) for item in value], names_of(value))
         case dict():
             return DictValue([(encode_value(key), encode_value(item)) for key, item in value.items()])
         case torch.dtype():

@@ -87,6 +87,11 @@ ndim dtype attr
 # Methods whose name ends in an underscore, in-place operators, and these change their first argument.
 _CONTAINER_WRITES = frozenset("py." + name for name in ["append", "extend", "insert", "pop", "update"])
 
+# These change an argument when a later one says so (`inplace`, `max_norm`), by position too.
+_MAY_CHANGE = """
+celu dropout elu embedding hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu silu threshold
+"""
+
 RANDOM = frozenset(
     [
         "tensor.bernoulli",
@@ -117,6 +122,8 @@ RANDOM = frozenset(
 def _names(prefix: str, words: str) -> frozenset[str]:
     return frozenset(f"{prefix}.{word}" for word in words.split())
 
+
+MAY_CHANGE: frozenset[str] = _names("nn", _MAY_CHANGE)
 
 OPS: frozenset[str] = (
     _names("tensor", _TENSOR)

@@ -22,7 +22,10 @@ class ListValue(Struct, frozen=True, tag="list"):
 
 
 class TupleValue(Struct, frozen=True, tag="tuple"):
+    """A tuple; `names` where its items have names, as torch's results of several tensors do."""
+
     items: list[Value]
+    names: tuple[str, ...] = ()
 
 
 class DictValue(Struct, frozen=True, tag="dict"):

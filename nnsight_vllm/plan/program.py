@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nnsight_vllm.graph.nodes import Block, Call, Cond, Const, Graph, Iterations, Loop, Node, Op, Read, Ref, Stop, Write
-from nnsight_vllm.graph.ops import is_inplace
+from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
 from nnsight_vllm.graph.walk import nodes_of
 from nnsight_vllm.graph.wire import decode, digest
 from nnsight_vllm.plan.instructions import (
@@ -199,6 +199,8 @@ class _Compiler:
 
 
 def _changes_value(node: Op) -> bool:
+    if node.name in MAY_CHANGE and (len(node.args) > 1 or {"inplace", "max_norm"} & set(node.kwargs)):
+        return True
     return node.writes is None and (is_inplace(node.name) or "out" in node.kwargs)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nnsight_vllm.trace.recorder import Recorder
 
 _INT64 = 2**63
+_LARGE = 1 << 20
 
 
 class Constants:
@@ -32,14 +33,27 @@ class Constants:
 
     def add(self, tensor: torch.Tensor) -> str:
         """The tensor's digest; its bytes are taken now, so later changes of the tensor don't matter."""
-        key = (id(tensor), -1 if tensor.is_inference() else tensor._version)
-        if key in self._known and key[1] >= 0:
+        key = _version(tensor)
+        if key is not None and key in self._known:
             return self._known[key][1]
-        data = safetensors.torch.save({"tensor": tensor.detach().cpu().contiguous()})
+        try:
+            data = safetensors.torch.save({"tensor": tensor.detach().cpu().contiguous()})
+        except Exception as error:
+            kind = f"{str(tensor.layout).removeprefix('torch.')} {str(tensor.dtype).removeprefix('torch.')} tensor"
+            raise RefusedError(f"a {kind} on {tensor.device} can't be a constant: {error}; {user_line()}") from None
         name = digest(data)
         self.data[name] = data
-        self._known[key] = (tensor, name)
+        if key is not None:
+            self._known[key] = (tensor, name)
         return name
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """What tells that a large tensor is the same as before, without reading it; None where torch can't tell."""
+    if tensor.layout != torch.strided or tensor.is_inference() or tensor.device.type == "meta":
+        return None
+    is_torchs_own = tensor.untyped_storage().resizable()  # memory shared with numpy changes behind torch's back
+    return (id(tensor), tensor._version) if is_torchs_own and tensor.nbytes >= _LARGE else None
 
 
 class Encoder:

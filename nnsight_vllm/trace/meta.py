@@ -53,18 +53,19 @@ DATA_DEPENDENT: Final = frozenset(
 )
 
 # Operations whose result may share its first argument's memory, for the cases that meta tensors can't decide.
-VIEWS: Final = frozenset(
-    "py.getitem py.attr py.pos tensor.narrow tensor.select tensor.view tensor.view_as tensor.reshape tensor.reshape_as "
-    "tensor.T tensor.mT tensor.H tensor.mH tensor.t tensor.transpose tensor.permute tensor.squeeze tensor.unsqueeze "
-    "tensor.chunk tensor.split tensor.split_with_sizes tensor.tensor_split tensor.hsplit tensor.vsplit tensor.dsplit "
-    "tensor.unbind tensor.expand tensor.expand_as tensor.broadcast_to tensor.flatten tensor.unflatten tensor.ravel "
-    "tensor.diagonal tensor.movedim tensor.moveaxis tensor.swapaxes tensor.swapdims tensor.contiguous tensor.to "
-    "tensor.type_as tensor.float tensor.half tensor.bfloat16 tensor.double tensor.detach tensor.real tensor.unfold "
-    "torch.narrow torch.select torch.reshape torch.t torch.transpose torch.permute torch.squeeze torch.unsqueeze "
-    "torch.chunk torch.split torch.tensor_split torch.hsplit torch.vsplit torch.dsplit torch.unbind torch.flatten "
-    "torch.unflatten torch.ravel torch.diagonal torch.movedim torch.moveaxis torch.swapaxes torch.swapdims "
-    "torch.broadcast_to torch.broadcast_tensors torch.atleast_1d torch.atleast_2d torch.atleast_3d".split()
-)
+_VIEWS = """
+py.getitem py.attr py.pos tensor.narrow tensor.select tensor.view tensor.view_as tensor.reshape tensor.reshape_as
+tensor.T tensor.mT tensor.H tensor.mH tensor.t tensor.transpose tensor.permute tensor.squeeze tensor.unsqueeze
+tensor.chunk tensor.split tensor.split_with_sizes tensor.tensor_split tensor.hsplit tensor.vsplit tensor.dsplit
+tensor.unbind tensor.expand tensor.expand_as tensor.broadcast_to tensor.flatten tensor.unflatten tensor.ravel
+tensor.diagonal tensor.movedim tensor.moveaxis tensor.swapaxes tensor.swapdims tensor.contiguous tensor.to
+tensor.type_as tensor.float tensor.half tensor.bfloat16 tensor.double tensor.detach tensor.real tensor.unfold
+torch.narrow torch.select torch.reshape torch.t torch.transpose torch.permute torch.squeeze torch.unsqueeze
+torch.chunk torch.split torch.tensor_split torch.hsplit torch.vsplit torch.dsplit torch.unbind torch.flatten
+torch.unflatten torch.ravel torch.diagonal torch.movedim torch.moveaxis torch.swapaxes torch.swapdims
+torch.broadcast_to torch.broadcast_tensors torch.atleast_1d torch.atleast_2d torch.atleast_3d
+"""
+VIEWS: Final = frozenset(_VIEWS.split())
 
 
 class MetaError(Exception):

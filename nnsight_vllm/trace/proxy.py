@@ -72,6 +72,8 @@ class Proxy:
         """The saved value, once the run is over."""
         if not self._is_done:
             raise ValueNotSetError(f"this value exists only when the block is over; {user_line()}")
+        if self._recorder.state == "failed":
+            raise ValueNotSetError(f"this value was never computed: its trace failed ({self._where()})")
         if self._slot is None:
             raise ValueNotSetError(f"this value wasn't saved: call .save() on it inside the block ({self._where()})")
         if self._slot not in self._recorder.values:
@@ -80,7 +82,7 @@ class Proxy:
 
     @property
     def _is_done(self) -> bool:
-        return self._recorder.state == "done"
+        return self._recorder.state in {"done", "failed"}
 
     @property
     def _has_value(self) -> bool:

@@ -36,7 +36,7 @@ class Recorder:
         self.scope = Scope("body", None, user_line())
         self.lines: dict[int, Line] = {}
         self.values: dict[str, object] = {}
-        self.state: Literal["recording", "closed", "done"] = "recording"
+        self.state: Literal["recording", "closed", "done", "failed"] = "recording"
         self.pending: RecordError | None = None
         self.used: set[int] = set()
         self.replaced: dict[int, Arg] = {}
@@ -175,7 +175,9 @@ def _target(
 ) -> Proxy | None:
     """The proxy whose value an operation changes and gives back. Raises for changes that can't be recorded."""
     if name.startswith("nn.") and _asks_in_place(function, args, kwargs):
-        raise RefusedError(f"{name} with inplace=True can't be recorded; assign its result; {user_line()}")
+        raise RefusedError(
+            f"{name} changing its argument (inplace, max_norm) can't be recorded; assign its result; {user_line()}"
+        )
     if not is_inplace(name) and kwargs.get("out") is None:
         return None
     target = kwargs["out"] if "out" in kwargs else [*args, kwargs.get("input"), kwargs.get("self")][0]
@@ -191,10 +193,8 @@ def _target(
 
 def _asks_in_place(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     names = _parameters(function)
-    if "inplace" not in names:
-        return False
-    position = names.index("inplace")
-    return bool(kwargs.get("inplace", args[position] if position < len(args) else False))
+    asked = [name for name in ("inplace", "max_norm") if name in names]
+    return any(kwargs.get(name, args[at] if (at := names.index(name)) < len(args) else None) for name in asked)
 
 
 @cache

@@ -60,6 +60,7 @@ class Invoke(Recording):
         self.prompt: Prompt = backend.prompt(inputs)
         self.sampling = backend.sampling(arguments)
         self.recorder = Recorder(backend.tree, tracer.constants, self.prompt.rows, self.sampling.max_tokens)
+        tracer.recorders.append(self.recorder)
         self.graph: Graph | None = None
 
     def __enter__(self) -> Invoke:
@@ -104,6 +105,7 @@ class Tracer(Recording):
         self.backend = backend
         self.constants = Constants()
         self.invokes: list[Invoke] = []
+        self.recorders: list[Recorder] = []
         self.logs: list[str] = []
         self.iter = Iterations()
         self._arguments = arguments
@@ -128,6 +130,14 @@ class Tracer(Recording):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        try:
+            return self._close(kind)
+        finally:
+            for recorder in self.recorders:
+                if recorder.state != "done":
+                    recorder.state = "failed"
+
+    def _close(self, kind: type[BaseException] | None) -> bool:
         try:
             if not self._leave_block(kind):
                 return False

