@@ -4,7 +4,7 @@ A clean run and a corrupted prompt; then one run for every block and token, with
 clean run, and the difference of two logits as the result: 1 + 30 x 15 runs. Beside stock vLLM on the same prompts without any
 edit, `transformers` with forward hooks, batched as well as it can, and `nnsight` 0.8.1 if it is there.
 
-    python benchmarks/sweep.py [--rounds 5] [--nnsight path/to/its/venv/bin/python]
+    NNSIGHT_PYTHON=path/to/its/venv/bin/python python benchmarks/sweep.py [--rounds 5]
 
 On a CPU `transformers` uses every core; vLLM gives its worker all but one. It gets every patched run in batches of the size
 that is fastest on this machine; skipping the blocks below a patch would be another algorithm and isn't done.
@@ -12,6 +12,7 @@ that is fastest on this machine; skipping the blocks below a patch would be anot
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -29,6 +30,7 @@ from results import Row, arguments, facts, keep, show, tell
 from throughput import vocab_of
 from torch import Tensor
 
+NNSIGHT = os.environ.get("NNSIGHT_PYTHON")
 NUM_ROUNDS = 5
 PROMPT_LENGTH = 15
 NUM_WARMUPS = 2
@@ -107,7 +109,7 @@ def main() -> None:
     options = _arguments()
     num_rounds = options.rounds or NUM_ROUNDS
     starts = {name: start_of(name, options.checkpoint, max_num_seqs=256) for name in options.names}
-    with sides(starts, {"nnsight": options.nnsight or sys.executable}, tell) as alive:
+    with sides(starts, {"nnsight": NNSIGHT or sys.executable}, tell) as alive:
         run = facts(alive, options.seed)
         measured, num_requests = _measured(alive, vocab_of(options.checkpoint), num_rounds, random.Random(options.seed))
     rows = {name: _row(name, measured, num_requests, run) for name in options.names}
@@ -119,16 +121,10 @@ COLUMNS = ["engine", "requests/s", "smallest–largest", "ours to it [95 %]", "f
 
 
 def _arguments() -> Namespace:
-    """The usual options, and where `nnsight` is."""
-    python = None
-    if "--nnsight" in sys.argv:
-        position = sys.argv.index("--nnsight")
-        python = sys.argv[position + 1]
-        del sys.argv[position : position + 2]
+    """The usual options; `nnsight` takes part where its interpreter is named."""
     options = arguments(__doc__, list(WORKS))
-    options.nnsight = python
-    if python is None and "nnsight" in options.names:
-        tell("nnsight is left out: name its interpreter with --nnsight (nnsight_peer.py tells how to set it up)")
+    if "nnsight" in options.names and NNSIGHT is None:
+        tell("nnsight is left out: name its interpreter in NNSIGHT_PYTHON (nnsight_peer.py tells how to set it up)")
         options.names.remove("nnsight")
     return options
 

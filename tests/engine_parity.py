@@ -6,16 +6,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -54,15 +50,17 @@ class Engine:
     def __init__(self, checkpoint: str, eager: bool = True, selection: Any = "all") -> None:
         self.owner: Any = sys.modules[_HERE]
         self.owner._SELECTION[0] = selection
-        self.llm = LLM(
-            checkpoint,
-            dtype="float32",
-            max_model_len=128,
-            max_num_seqs=8,
-            enforce_eager=eager,
-            enable_prefix_caching=False,
-            worker_cls=f"{_HERE}.Worker",
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the handlers live in this process
+            self.llm = LLM(
+                checkpoint,
+                dtype="float32",
+                max_model_len=128,
+                max_num_seqs=8,
+                enforce_eager=eager,
+                enable_prefix_caching=False,
+                worker_cls=f"{_HERE}.Worker",
+            )
         self.instrumented: Instrumented = self.owner._INSTRUMENTED.pop()
         self.catalogue = self.instrumented.probe(lambda: self.generate([1, 2, 3]))
         self.calls = Calls(self.instrumented)

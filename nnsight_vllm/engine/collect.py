@@ -143,5 +143,5 @@ def decode_value(value: Value) -> object:
 
 
 def _named(names: tuple[str, ...], items: tuple[object, ...]) -> object:
-    kind: Any = namedtuple("Result", names)
+    kind: Any = namedtuple("Result", names)  # type: ignore[misc]
     return kind(*items)

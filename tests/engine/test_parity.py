@@ -36,6 +36,7 @@ class Pair:
 
     ours: Engine
     theirs: Reference
+    number: int
 
     def reference(self, edits: dict[str, Edit], inplace: bool = False) -> Values:
         """transformers' values; the head's only for the last row, which is all that vLLM computes."""
@@ -52,6 +53,11 @@ class Pair:
         names = [*outside, *(name for name in shared if name.startswith(f"{blocks[1]}."))]
         return [name for name in names if not name.endswith(ROUTER_OUTPUT)]
 
+    @cached_property
+    def third(self) -> list[str]:
+        """Every third site of the sample, another third for each architecture: all kinds in turn, in a third of the time."""
+        return self.sample[self.number % 3 :: 3]
+
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'eager' if case[1] else 'compiled'}")
 def pair(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], str]) -> Iterator[Pair]:
@@ -59,7 +65,7 @@ def pair(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], str]) 
     checkpoint = tiny_checkpoint(arch)
     theirs = Reference(checkpoint)
     ours = Engine(checkpoint, eager)
-    yield Pair(ours, theirs)
+    yield Pair(ours, theirs, CASES.index(request.param))
     ours.close()
     gc.collect()
 
@@ -86,13 +92,13 @@ def test_sites_stand_in_the_order_in_which_transformers_runs(pair: Pair) -> None
 @pytest.mark.parametrize("change", ["all_rows", "last_row"])
 def test_an_assignment_has_the_effect_of_a_hook_that_returns_the_value(pair: Pair, change: str) -> None:
     edit = _all_rows if change == "all_rows" else _last
-    for name in pair.sample:
+    for name in pair.sample if change == "all_rows" else pair.third:
         ours, theirs = pair.ours.run([PROMPT], {name: edit}), pair.reference({name: edit})
         assert _wrong(ours, theirs) == {}, name
 
 
 def test_an_edit_in_place_has_the_effect_of_one_in_a_hook_or_is_refused(pair: Pair) -> None:
-    for name in pair.sample:
+    for name in pair.third:
         if name.startswith("lm_head.") or pair.ours.instrumented.sites[name].info.refuse_inplace:
             continue
         ours, theirs = pair.ours.run([PROMPT], {name: _all_rows}), pair.reference({name: _all_rows}, inplace=True)
@@ -102,7 +108,7 @@ def test_an_edit_in_place_has_the_effect_of_one_in_a_hook_or_is_refused(pair: Pa
 
 def test_an_edit_leaves_a_neighbours_rows_bit_for_bit(pair: Pair) -> None:
     plain = pair.ours.run([OTHER, PROMPT], {})
-    for name in pair.sample:
+    for name in pair.third:
         values = pair.ours.run([OTHER, PROMPT], {name: _all_rows}, edited=1, watched=0)
         assert all(torch.equal(values[n], plain[n]) for n in plain), name
 

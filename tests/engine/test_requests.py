@@ -368,7 +368,7 @@ def test_values_of_a_failed_trace_say_that_it_failed(model: VLLM) -> None:
 
 def test_a_constant_that_cannot_travel_is_refused_with_the_line(model: VLLM) -> None:
     with (
-        pytest.raises(RefusedError, match="sparse_coo float32 tensor.*test_requests"),
+        pytest.raises(RefusedError, match=r"sparse_coo float32 tensor.*test_requests"),
         model.trace(PROMPT, max_tokens=1),
     ):
         model.logits.output + torch.ones(1, 500).to_sparse()
@@ -386,14 +386,16 @@ def test_the_store_of_constants_is_never_changed_by_a_graph(model: VLLM) -> None
         )
     )
     with model.trace(PROMPT, max_tokens=1):
-        F.embedding(model.model.embed_tokens.input, table).save()
+        sent: Any = F.embedding(model.model.embed_tokens.input, table)
+        sent.save()
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, extra_args={"nnsight_vllm": encode(graph)})
     model.llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
     model._engine.collector.clear()
     with model.trace(PROMPT, max_tokens=1):
-        rows = F.embedding(model.model.embed_tokens.input, table).save()
+        rows: Any = F.embedding(model.model.embed_tokens.input, table)
+        rows = rows.save()
     assert torch.equal(rows, table[PROMPT])
     with pytest.raises(RefusedError, match="max_norm"), model.trace(PROMPT, max_tokens=1):
         F.embedding(model.model.embed_tokens.input, table, max_norm=0.1)
