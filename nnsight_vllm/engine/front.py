@@ -16,7 +16,7 @@ from nnsight_vllm.engine.collect import Collected, Collector
 from nnsight_vllm.engine.prompts import make_prompt
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
-from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError
+from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
@@ -111,6 +111,11 @@ class Engine:
                 outputs = self._generate(requests)
             finally:
                 self.tensors.release(digests)
+            asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
+            if [list(output.prompt_token_ids) for output in outputs] != asked:
+                raise InterventionError(
+                    "another thread used model.llm while the trace ran, and took its results: use one at a time"
+                )
             return [self._outcome(output) for output in outputs]
 
     # -- the engine ------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class Interpreter:
 
     def const(self, request: Request, node: Const) -> Tensor:
         tensor = request.constants[node.digest]
-        return tensor.clone() if request.program.changes_values else tensor
+        return tensor.clone() if node.id in request.program.copied else tensor
 
     def call(self, request: Request, node: Call) -> Tensor:
         return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
@@ -200,8 +200,12 @@ class Interpreter:
             kwargs = {key: _settled_arg(node.kwargs[key], value, request.place) for key, value in kwargs.items()}
         if node.writes is not None:
             return self._write_in_place(request.place_at(node.writes), node.name, args, kwargs, request)
+        targets = _changed(node.name, args, kwargs)
+        if request.place is not None and any(isinstance(t, Tensor) and request.place.aliases(t) for t in targets):
+            # The recorder couldn't tell that this is a view of the site where the program stands.
+            return self._write_in_place(request.place, node.name, args, kwargs, request)
         result = self._apply(request, node.name, args, kwargs)
-        for target in _changed(node.name, args, kwargs):
+        for target in targets:
             request.outbox.changed(target)
         return result
 
@@ -260,7 +264,7 @@ def _fills_container(name: str, args: list[Any]) -> bool:
 
 def _changed(name: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Values that an operation changed in place."""
-    targets = args[:1] if is_inplace(name) else []
+    targets = [*args, kwargs.get("input")][:1] if is_inplace(name) else []
     return [*targets, kwargs["out"]] if "out" in kwargs else targets
 
 

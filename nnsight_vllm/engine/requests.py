@@ -82,7 +82,7 @@ class Request:
     id: str
     prompt_length: int
     seed: int
-    program: Program = field(default_factory=lambda: Program((), frozenset(), False, False))
+    program: Program = field(default_factory=lambda: Program((), frozenset(), frozenset(), False))
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     status: Status = Status.RUNNING
     pc: int = 0

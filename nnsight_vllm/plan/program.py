@@ -10,7 +10,23 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nnsight_vllm.graph.nodes import Block, Call, Cond, Const, Graph, Iterations, Loop, Node, Op, Read, Ref, Stop, Write
+from nnsight_vllm.graph.check import refs
+from nnsight_vllm.graph.nodes import (
+    Arg,
+    Block,
+    Call,
+    Cond,
+    Const,
+    Graph,
+    Iterations,
+    Loop,
+    Node,
+    Op,
+    Read,
+    Ref,
+    Stop,
+    Write,
+)
 from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
 from nnsight_vllm.graph.walk import nodes_of
 from nnsight_vllm.graph.wire import decode, digest
@@ -32,19 +48,23 @@ from nnsight_vllm.plan.instructions import (
 from nnsight_vllm.plan.liveness import Liveness
 
 SAMPLES = "samples.output"
+# Operators that only read what stands on their right.
+_READERS = frozenset(
+    f"py.{name}" for name in ("add", "sub", "mul", "truediv", "matmul", "getitem", "pow", "gt", "lt", "ge", "le")
+)
 
 
 @dataclass(frozen=True)
 class Program:
     """A graph, ready to run.
 
-    `constants` are the digests it needs. `changes_values` says that some in-place operation works on a value that is
-    no site: constants must then be copied. `writes_samples` says that it may replace a drawn token.
+    `constants` are the digests it needs. `copied` are the `const` nodes whose tensor some in-place operation might
+    reach: they get a copy, the store is everybody's. `writes_samples` says that it may replace a drawn token.
     """
 
     code: tuple[Instruction, ...]
     constants: frozenset[str]
-    changes_values: bool
+    copied: frozenset[int]
     writes_samples: bool
 
     def __str__(self) -> str:
@@ -58,7 +78,7 @@ def compile_graph(graph: Graph) -> Program:
     return Program(
         code=_Compiler(graph).run(),
         constants=frozenset(node.digest for node in nodes if isinstance(node, Const)),
-        changes_values=any(isinstance(node, Op) and _changes_value(node) for node in nodes),
+        copied=_copied(nodes),
         writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
     )
 
@@ -198,10 +218,31 @@ class _Compiler:
                 self.code[index] = replace(step, exit=target)
 
 
-def _changes_value(node: Op) -> bool:
-    if node.name in MAY_CHANGE and (len(node.args) > 1 or {"inplace", "max_norm"} & set(node.kwargs)):
-        return True
-    return node.writes is None and (is_inplace(node.name) or "out" in node.kwargs)
+def _copied(nodes: list[Node]) -> frozenset[int]:
+    """Constants that leave their node under another name (a view, a container, a branch's result) or are changed."""
+    if not any(isinstance(node, Op) and _changes(node) for node in nodes):
+        return frozenset()
+    constants = {node.id for node in nodes if isinstance(node, Const)}
+    return frozenset(id for node in nodes for arg in _aliased(node) for id in refs(arg) if id in constants)
+
+
+def _changes(node: Op) -> bool:
+    return is_inplace(node.name) or node.name in MAY_CHANGE or "out" in node.kwargs
+
+
+def _aliased(node: Node) -> list[Arg]:
+    """Arguments that a node may hand on as they are, or change."""
+    match node:
+        case Op():
+            is_reader = not _changes(node) and node.name.partition(".")[0] != "py"
+            first = node.args[:1] if is_reader or node.name in _READERS or is_inplace(node.name) else node.args
+            return [*first, *node.kwargs.values()]
+        case Cond():
+            return [*node.then.yields, *node.orelse.yields]
+        case Loop():
+            return [node.over, *node.inits, *node.body.yields]
+        case _:
+            return []
 
 
 def _written_site(node: Node) -> str | None:

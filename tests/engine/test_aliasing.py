@@ -177,6 +177,45 @@ def test_branches_and_loops_give_places(model: VLLM, reference: Any) -> None:
     torch.testing.assert_close(logits[0], expected, atol=ATOL, rtol=1e-4)
 
 
+def test_views_of_merged_values_and_of_loop_items_are_places(model: VLLM, reference: Any) -> None:
+    with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+        h = model.model.layers[0].output[0]
+        x = h[1:] if h[0, 0] > h[1, 0] else h[:-1]
+        x[1:].T[0] += 4
+        for row in h:
+            for part in row.view(4, 32)[:2]:
+                part *= 0.5
+        v = h[h.norm(dim=-1).argmax()]
+        v += V
+        v[:2] = 0
+        after = model.model.layers[0].output[0].save()
+        logits = model.logits.output.save()
+
+    def edit(h: torch.Tensor) -> None:
+        x = h[1:] if h[0, 0] > h[1, 0] else h[:-1]
+        x[1:].T[0] += 4
+        for row in h:
+            for part in row.view(4, 32)[:2]:
+                part *= 0.5
+        v = h[h.norm(dim=-1).argmax()]
+        v += V
+        v[:2] = 0
+
+    value, expected = by_hook(reference, "model.layers.0", edit)
+    torch.testing.assert_close(after, value, atol=ATOL, rtol=1e-4)
+    torch.testing.assert_close(logits[0], expected, atol=ATOL, rtol=1e-4)
+
+
+def test_a_constant_that_a_branch_chose_is_changed_in_the_request_only(model: VLLM) -> None:
+    for _ in range(2):
+        with model.trace(PROMPT, temperature=0.0, max_tokens=1):
+            h = model.model.layers[0].output[0]
+            x: Any = h[0] if h.sum() > 1e9 else V
+            x += 1
+            changed = x.save()
+        assert torch.equal(changed, V + 1)
+
+
 @pytest.mark.parametrize(
     "code",
     [

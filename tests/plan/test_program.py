@@ -147,12 +147,25 @@ def test_a_program_knows_what_it_needs() -> None:
     read: list[Node] = [Const(0, "f" * 64), Read(1, "samples.output", 0)]
     program = compile_graph(Graph(Block([*read, Op(2, "py.add", [Ref(0), Ref(1)])])))
     assert program.constants == {"f" * 64}
-    assert (program.changes_values, program.writes_samples) == (False, False)
+    assert (program.copied, program.writes_samples) == (frozenset(), False)
     edit = Op(2, "py.setitem", [Ref(1), Slice(), 3], writes="samples.output")
     program = compile_graph(Graph(Block([*read, edit])))
-    assert (program.changes_values, program.writes_samples) == (False, True)
+    assert (program.copied, program.writes_samples) == (frozenset(), True)
     program = compile_graph(Graph(Block([*read, Op(2, "tensor.add_", [Ref(0), 1])])))
-    assert (program.changes_values, program.writes_samples) == (True, False)
+    assert (program.copied, program.writes_samples) == ({0}, False)
+
+
+def test_constants_are_copied_where_a_change_may_reach_them() -> None:
+    def copied(*nodes: Node) -> frozenset[int]:
+        return compile_graph(Graph(Block([Const(0, "f" * 64), Read(1, "a", 0), *nodes]))).copied
+
+    change = Op(9, "tensor.zero_", [Ref(1)], writes="a")
+    assert copied(Op(2, "py.iadd", [Ref(1), Ref(0)], writes="a")) == frozenset()
+    assert copied(Op(2, "py.matmul", [Ref(1), Ref(0)]), change) == frozenset()
+    assert copied(Op(2, "tensor.view", [Ref(0), -1]), change) == {0}
+    assert copied(Op(2, "py.list", [Ref(0)]), change) == {0}
+    assert copied(Cond(2, Ref(1), Block([], [Ref(0)]), Block([], [Ref(1)]), [3]), change) == {0}
+    assert copied(Op(2, "nn.relu", [Ref(0), True])) == {0}
 
 
 def test_equal_bytes_share_a_program_and_the_oldest_leave() -> None:
