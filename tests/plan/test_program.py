@@ -152,7 +152,7 @@ def test_a_program_knows_what_it_needs() -> None:
     program = compile_graph(Graph(Block([*read, edit])))
     assert (program.copied, program.writes_samples) == (frozenset(), True)
     program = compile_graph(Graph(Block([*read, Op(2, "tensor.add_", [Ref(0), 1])])))
-    assert (program.copied, program.writes_samples) == ({0}, False)
+    assert (program.copied, program.writes_samples) == (frozenset({0}), False)
 
 
 def test_constants_are_copied_where_a_change_may_reach_them() -> None:
