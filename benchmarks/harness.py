@@ -115,7 +115,7 @@ class Side:
                 raise SideError(f"the {self.start.kind} engine gave no answer\n{self._printed()}")
         line = stdout.readline()
         if not line:
-            raise SideError(f"the {self.start.kind} engine ended\n{self._printed()}")
+            raise SideError(f"the {self.start.kind} engine ended ({self._process.wait(30)})\n{self._printed()}")
         reply: Reply = msgspec.json.decode(line, type=Reply)
         if isinstance(reply, Failed):
             raise SideError(f"the {self.start.kind} engine failed\n{self._printed()}\n{reply.error}")

@@ -18,7 +18,7 @@ import torch
 from nnsight_vllm.engine.draws import SAMPLES_TAP
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
 from nnsight_vllm.engine.places import Place
-from nnsight_vllm.engine.requests import START, Arrival, Request, Span
+from nnsight_vllm.engine.requests import START, Arrival, Request, Span, Status
 from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.taps import Handler, Tensors
@@ -63,9 +63,9 @@ class Executor:
             self.requests.pop(request_id, None)
 
     def fail(self, request_id: str, error: Exception) -> None:
-        """Fail a request for a reason that the engine knows."""
+        """Fail a request for a reason that the engine knows, also one whose program is over: its edits must stay."""
         request = self.requests.get(request_id)
-        if request is not None and request.is_running:
+        if request is not None and request.status is not Status.FAILED:
             request.fail(error, keep_token=False)
 
     def begin_step(self, spans: Iterable[Span]) -> None:

@@ -135,12 +135,12 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.watched.kept.append((args, kwargs, result))
-        self._note(func, args, kwargs or {})
+        self._note(func, args, kwargs or {}, result)
         return result
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         schema = func._schema
-        if schema.name.split("::")[1] in _SHAPE_ONLY or _is_view(schema):
+        if schema.name.split("::")[1] in _SHAPE_ONLY or _is_view(schema, (args, kwargs), result):
             return
         names = [argument.name for argument in schema.arguments]
         writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -151,11 +151,13 @@ class _Watch(TorchDispatchMode):
             self.watched.by_storage.setdefault(_storage(tensor), []).append((touch, i))
 
 
-def _is_view(schema: Any) -> bool:
-    """Whether the operator only looks at the same memory in another way."""
+def _is_view(schema: Any, given: tuple[Any, ...], result: Any) -> bool:
+    """Whether the operator only looked at the same memory in another way: a cast may, or may copy."""
     if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
         return False
-    return any(r.alias_info is not None for r in schema.returns) and schema.name != "aten::_to_copy"
+    sources = {_storage(tensor) for tensor in _flatten(given)}
+    results = [_storage(tensor) for tensor in _flatten(result)]
+    return bool(results) and sources.issuperset(results)
 
 
 def _flatten(value: Any) -> Iterator[Tensor]:
@@ -164,6 +166,8 @@ def _flatten(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _flatten(item)
+    elif isinstance(value, dict):
+        yield from _flatten(list(value.values()))
 
 
 @contextmanager

@@ -159,3 +159,15 @@ def test_the_prompts_embeddings_of_one_trace_replace_those_of_another(vllm: VLLM
         vllm.model.embed_tokens.output = embeddings
         intervened = tracer.result.save()
     assert intervened.token_ids == original.token_ids
+
+
+def test_the_residual_stream_is_the_sum_of_what_the_blocks_add(vllm: VLLM) -> None:
+    with vllm.trace("The Eiffel Tower is in the city of", max_tokens=1, temperature=0.0):
+        stream = vllm.model.layers[2].output[0].save()
+        attention = vllm.model.layers[3].self_attn.output[0].save()
+        mlp = vllm.model.layers[3].mlp.output.save()
+        after = vllm.model.layers[3].output[0].save()
+        normed = vllm.model.layers[4].input.save()
+    torch.testing.assert_close(after.float(), stream.float() + attention.float() + mlp.float(), atol=4.0, rtol=2e-2)
+    assert torch.equal(after, normed)
+    assert not torch.equal(after, mlp)
