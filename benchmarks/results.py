@@ -25,11 +25,11 @@ RESULTS = Path(__file__).with_name("results")
 MIN_ROUNDS = 5
 Row = dict[str, Any]
 
-console = Console()
+console = Console() if Console().is_terminal else Console(width=140)
 
 
-def arguments(question: str | None, names: Sequence[str] = ()) -> argparse.Namespace:
-    """The options that every benchmark has; `question` is its module docstring."""
+def arguments(question: str | None, names: Sequence[str], num_starts: int | None = None) -> argparse.Namespace:
+    """The options that every benchmark has; `question` is its module docstring. With `num_starts`, one more has that default."""
     parser = argparse.ArgumentParser(description=(question or "").partition("\n")[0])
     parser.add_argument(
         "--rounds", type=int, help="rounds of every case; below 5 only for trying it out: nothing is kept"
@@ -38,6 +38,10 @@ def arguments(question: str | None, names: Sequence[str] = ()) -> argparse.Names
     parser.add_argument("--seed", type=int, default=time.time_ns() & 0xFFFFFF, help="of prompts, constants and order")
     parser.add_argument("--out", type=Path, help="write the results to this folder, however few the rounds are")
     parser.add_argument("--checkpoint", help="another model than the demo model (the results are about that one)")
+    if num_starts is not None:
+        parser.add_argument(
+            "--starts", type=int, default=num_starts, help="how often all engines start; rounds are shared"
+        )
     parsed = parser.parse_args()
     parsed.checkpoint = parsed.checkpoint or demo_model()
     parsed.names = [name for name in names if parsed.case is None or name in parsed.case]

@@ -3,7 +3,7 @@
 Every case runs on stock vLLM, on our engine, and on a second stock vLLM (A/A: what two equal engines differ by). Required
 bars are those of the issue; a bar holds if the median of the paired ratios reaches it.
 
-    python benchmarks/throughput.py [--case add_30] [--rounds 5]
+    python benchmarks/throughput.py [--case add_30] [--rounds 5] [--starts 1]
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -21,8 +23,9 @@ from cases import CASES, Case
 from harness import NUM_REQUESTS, NUM_TOKENS, Measured, Side, SideError, Task, measure, random_prompts, sides, trio
 from messages import Done, Job, Start
 from ratios import Ratio, paired
-from results import Row, arguments, console, facts, keep, show, tell
+from results import Row, arguments, facts, keep, show, tell
 
+NUM_STARTS = 3
 COLUMNS = ["case", "stock tok/s", "ours tok/s", "ratio [95 %]", "spread", "A/A [95 %]", "bar", "", "first run"]
 
 
@@ -54,7 +57,7 @@ def row_of(task: Task, measured: Measured, run: Row) -> Row:
 
 
 def main() -> None:
-    options = arguments(__doc__, [case.name for case in CASES])
+    options = arguments(__doc__, [case.name for case in CASES], num_starts=NUM_STARTS)
     chosen = [case for case in CASES if case.name in options.names]
     rows: dict[str, Row] = {}
     for sites, group in groupby(sorted(chosen, key=lambda case: str(case.sites)), key=lambda case: case.sites):
@@ -76,19 +79,19 @@ def print_rows(rows: dict[str, Row]) -> None:
 
 
 def _measured(cases: list[Case], starts: dict[str, Start], options: Namespace) -> dict[str, Row]:
-    vocab = vocab_of(options.checkpoint)
+    """All rounds of the cases, shared among several starts of the engines: two equal engines aren't equally fast."""
+    vocab, found = vocab_of(options.checkpoint), dict[str, Measured]()
     tasks = [task_of(case, options.rounds) for case in cases]
-    with sides(starts, tell=tell) as alive:
-        run = facts(alive, options.seed)
-        measured = measure(alive, tasks, vocab, options.seed, tell)
-        for case in cases:
-            _require_edits(alive["ours"], case, vocab)
-    for case in cases:
-        console.print(
-            f"{case.name}: {paired(measured[case.name].seconds('stock'), measured[case.name].seconds('ours'))}"
-        )
+    for number in range(options.starts):
+        with sides(starts, tell=tell) as alive:
+            run = facts(alive, options.seed)
+            share = [replace(task, num_rounds=-(-task.num_rounds // options.starts)) for task in tasks]
+            for name, measured in measure(alive, share, vocab, options.seed + number, tell).items():
+                found.setdefault(name, Measured(measured.first)).rounds.extend(measured.rounds)
+            for case in cases:
+                _require_edits(alive["ours"], case, vocab)
     return {
-        case.name: {"title": case.title, "bar": case.bar, "sites": case.sites, **row_of(task, measured[case.name], run)}
+        case.name: {"title": case.title, "bar": case.bar, "sites": case.sites, **row_of(task, found[case.name], run)}
         for case, task in zip(cases, tasks, strict=True)
     }
 
@@ -96,7 +99,7 @@ def _measured(cases: list[Case], starts: dict[str, Start], options: Namespace) -
 def _cells(case: Case, row: Row) -> list[str]:
     ratio: Ratio = row["ratio"]
     count = row["num_requests"] * row["num_tokens"]
-    speed = {side: count / _median([entry[side] for entry in row["rounds"]]) for side in ("stock", "ours")}
+    speed = {side: count / median([entry[side] for entry in row["rounds"]]) for side in ("stock", "ours")}
     return [
         case.name,
         f"{speed['stock']:.0f}",
@@ -108,10 +111,6 @@ def _cells(case: Case, row: Row) -> list[str]:
         "" if case.bar is None else ("holds" if ratio.median >= case.bar else "missed"),
         f"{row['first']['ours']:.2f} s",
     ]
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def checked(case: Case, num_requests: int, num_tokens: int) -> Callable[[dict[str, Done]], None]:
