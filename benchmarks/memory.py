@@ -22,6 +22,7 @@ from throughput import vocab_of
 BATCH = 50
 BATCHES_A_ROUND = 5  # one of each case
 NUM_ROUNDS = 8  # of 250 requests
+NUM_WARMUPS = 2  # rounds
 NUM_TOKENS = 16
 CASE_NAMES = ("add_30", "save_30", "gated", "structures", "logits")
 MEGABYTE = 1 << 20
@@ -67,16 +68,17 @@ def _session(pid: int) -> int | None:
 
 def _memory(side: Side, name: str, vocab: int, num_rounds: int, draw: random.Random) -> Iterator[dict[str, int]]:
     """After the warm-up, then after each round."""
-    for number in range(num_rounds + 1):
+    for number in range(1 - NUM_WARMUPS, num_rounds + 1):
         for case in CASES:
             if case.name in CASE_NAMES:
                 prompts = random_prompts(draw, vocab, BATCH)
                 options = {**case.options, **({"structures": BATCH} if case.name == "structures" else {})}
                 work = case.work if name == "ours" else "cases:plain"
                 side.run(Job(work, prompts, NUM_TOKENS, draw.getrandbits(31), options))
-        megabytes = resident(side)
-        tell(f"{name}: {number * BATCHES_A_ROUND * BATCH} requests after the warm-up, {megabytes} MB")
-        yield megabytes
+        if number >= 0:
+            megabytes = resident(side)
+            tell(f"{name}: {number * BATCHES_A_ROUND * BATCH} requests after the warm-up, {megabytes} MB")
+            yield megabytes
 
 
 def _span(points: list[dict[str, int]], role: str) -> list[int]:

@@ -6,7 +6,8 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from nnsight_vllm.engine.settings import Sites, check_arguments
+from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoint, check_sites
+from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class _Start:
     """Starts the engine when it is first needed, once, whichever thread asks."""
 
-    def __init__(self, model: str, sites: Sites, arguments: dict[str, Any]) -> None:
-        self._model, self._sites, self._arguments = model, sites, arguments
+    def __init__(self, model: str, sites: Sites, ours: dict[str, object], arguments: dict[str, Any]) -> None:
+        self._model, self._sites, self._ours, self._arguments = model, sites, ours, arguments
         self._running: Engine | None = None
         self._lock = threading.Lock()
 
@@ -30,7 +31,7 @@ class _Start:
             if self._running is None:
                 from nnsight_vllm.engine.front import Engine
 
-                self._running = Engine(self._model, dict(self._arguments), self._sites)
+                self._running = Engine(self._model, dict(self._arguments), self._sites, ours=self._ours)
             return self._running
 
     def close(self) -> None:
@@ -45,12 +46,28 @@ class VLLM(Envoy):
 
     `arguments` are any of `vllm.LLM`. The engine starts at first use, or at once with `dispatch=True`. `sites` says
     which modules are instrumented: "all", "blocks" (decoder blocks, embeddings, final norm and head), or patterns of
-    module paths; logits and samples always are.
+    module paths; logits and samples always are. With `batching=False` every request's program runs by itself, which is
+    slower and gives the same results. A request that sends home more than `max_saved_bytes` of results fails, as does the
+    one with which all that run together exceed `max_saved_bytes_in_all`.
     """
 
-    def __init__(self, model: str, *, sites: Sites = "all", dispatch: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        sites: Sites = "all",
+        dispatch: bool = False,
+        batching: bool = True,
+        max_saved_bytes: int = 1 << 30,
+        max_saved_bytes_in_all: int = 8 << 30,
+        **arguments: Any,
+    ) -> None:
         check_arguments(arguments)
-        self.__dict__.update(_path="", _start=_Start(str(model), sites, arguments))
+        check_sites(sites)
+        check_checkpoint(str(model))
+        limits = {"request": max_saved_bytes, "engine": max_saved_bytes_in_all}
+        ours: dict[str, object] = {"batching": batching, "limits": limits}
+        self.__dict__.update(_path="", _start=_Start(str(model), sites, ours, arguments))
         if dispatch:
             _ = self._engine
 
@@ -83,6 +100,10 @@ class VLLM(Envoy):
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if the engine still tracks anything of requests that have ended."""
         self._engine.check_integrity()
+
+    def stats(self) -> Stats:
+        """What the engine ran so far: how much of it for many requests at once, and what prevented that."""
+        return self._engine.stats()
 
     def close(self) -> None:
         """End the engine. A later use starts a new one."""

@@ -45,16 +45,16 @@ sys.modules.setdefault(_HERE, sys.modules[__name__])
 
 
 class Engine:
-    """vLLM with taps on one checkpoint, float32."""
+    """vLLM with taps on one checkpoint."""
 
-    def __init__(self, checkpoint: str, eager: bool = True, selection: Any = "all") -> None:
+    def __init__(self, checkpoint: str, eager: bool = True, selection: Any = "all", dtype: str = "float32") -> None:
         self.owner: Any = sys.modules[_HERE]
         self.owner._SELECTION[0] = selection
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the handlers live in this process
             self.llm = LLM(
                 checkpoint,
-                dtype="float32",
+                dtype=dtype,
                 max_model_len=128,
                 max_num_seqs=8,
                 enforce_eager=eager,
@@ -111,14 +111,14 @@ def _handler(served: list[Any], change: slice, edits: dict[str, Edit], look: sli
 
 
 class Reference:
-    """transformers on the same checkpoint, float32, with forward hooks.
+    """transformers on the same checkpoint with forward hooks.
 
     Make it before the engine: vLLM's transformers backend patches some of transformers' classes, `__init__` included.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, dtype: torch.dtype = torch.float32) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
+            checkpoint, dtype=dtype, attn_implementation="eager"
         ).eval()
         self.fired: list[str] = []
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.collect import Collected
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP, draw_sites
-from nnsight_vllm.engine.executor import Executor, SiteTable
-from nnsight_vllm.engine.requests import Arrival, Span
+from nnsight_vllm.engine.executor import Executor, Limits, SiteTable
+from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.engine.sites import Direct, Site, Slot, Stream
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.taps import Handler
@@ -70,21 +72,27 @@ class Toy:
     """An executor and the steps of an engine around it."""
 
     silent_taps: frozenset[int] = frozenset()
+    batching: bool = True
+    dtype: str = "float32"
+    limits: Limits = Limits()  # noqa: RUF009 (immutable)
     active: dict[int, Handler] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     received: dict[str, list[Delta]] = field(default_factory=dict)
     saved: dict[str, dict[str, object]] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)
+    collected: dict[str, Collected] = field(default_factory=dict)
     seen: dict[int, list[list[list[float]]]] = field(default_factory=dict)  # a tap's tensors after it
 
     def __post_init__(self) -> None:
-        sites = {site.info.name: site for site in _sites()}
+        sites = {site.info.name: site for site in _sites(self.dtype)}
         infos = [site.info for site in sites.values()]
-        catalogue = Catalogue([], infos, VOCAB, "float32", 64, 64, "all")
+        catalogue = Catalogue([], infos, VOCAB, self.dtype, 64, 64, "all")
         orders = {info.name: info.order for info in infos}
         cpu = torch.device("cpu")
         self.store = Store(cpu)
         table = SiteTable(sites, orders, DoubleCalls(), self.active)
-        self.executor = Executor(table, ProgramCache(lambda g: check(g, catalogue)), self.store, cpu)
+        programs = ProgramCache(lambda g: check(g, catalogue))
+        self.executor = Executor(table, programs, self.store, cpu, self.batching, self.limits)
 
     def add(self, name: str, data: bytes, prompt: int = 2, seed: int = 0) -> None:
         self.lengths[name] = prompt
@@ -92,21 +100,19 @@ class Toy:
 
     def step(self, **rows: tuple[int, int]) -> dict[str, Tensor]:
         """One forward: name -> (number of rows, first position). Returns each request's stream and token."""
-        spans, start = [], 0
-        for index, (name, (count, position)) in enumerate(rows.items()):
-            spans.append(Span(name, index, start, start + count, position))
-            start += count
-        self.executor.begin_step(spans)
-        stream = self._forward(start)
+        counts, positions = [count for count, _ in rows.values()], [position for _, position in rows.values()]
+        starts = np.cumsum([0, *counts])
+        self.executor.begin_step(Step.of(rows, starts, np.array(positions, dtype=np.int64)))
+        stream = self._forward(int(starts[-1]))
         self.executor.enter_logits()
-        ends = [span.stop - 1 for span in spans]
+        ends = [int(stop) - 1 for stop in starts[1:]]
         self.logits = stream[ends].repeat(1, VOCAB // HIDDEN)
         self.executor.at_tap(LOGITS_TAP, (self.logits,))
         self.tokens = self.logits.argmax(-1, keepdim=True).int()
         self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
         for name, data in self.executor.end_step(list(rows)).items():
-            self._receive(name, decode_delta(data))
-        return {span.request_id: stream[span.start : span.stop] for span in spans}
+            self._receive(name, decode_delta(data.numpy().tobytes()))
+        return {name: stream[starts[i] : starts[i + 1]] for i, name in enumerate(rows)}
 
     def run(self, data: bytes, steps: int = 1, prompt: int = 2) -> dict[str, object]:
         """One request alone; what it saved."""
@@ -120,10 +126,11 @@ class Toy:
         return f"{failure.kind}: {failure.message}"
 
     def _forward(self, rows: int) -> Tensor:
-        hidden, residual = torch.zeros(rows, HIDDEN), torch.zeros(rows, HIDDEN)
+        kind: torch.dtype = getattr(torch, self.dtype)
+        hidden, residual = torch.zeros(rows, HIDDEN, dtype=kind), torch.zeros(rows, HIDDEN, dtype=kind)
         for layer in range(LAYERS):
             residual = residual + hidden
-            mlp = torch.ones(rows, HIDDEN)
+            mlp = torch.ones(rows, HIDDEN, dtype=kind)
             self._tap(2 * layer, (mlp,))
             hidden = mlp
             self._tap(2 * layer + 1, (hidden, residual))
@@ -136,21 +143,35 @@ class Toy:
 
     def _receive(self, name: str, delta: Delta) -> None:
         self.received.setdefault(name, []).append(delta)
-        values = self.saved.setdefault(name, {})
-        for saved in delta.saves:
-            value = value_of(saved.value)
-            if saved.append:
-                held = values[saved.name]
-                assert isinstance(held, list) and isinstance(value, list)
-                held.extend(value)
-            else:
-                values[saved.name] = value
+        if delta.stopped:
+            self.stopped.append(name)
+        collected = self.collected.setdefault(name, Collected())
+        collected.add(delta)
+        collected.read_sheets()
+        self.saved[name] = {key: _listed(value) for key, value in collected.sample.values.items()}
 
 
-def _sites() -> list[Site]:
+def _listed(value: object) -> object:
+    """Tensors as nested lists."""
+    match value:
+        case Tensor():
+            return value.tolist()
+        case list():
+            return [_listed(item) for item in value]
+        case tuple():
+            return tuple(_listed(item) for item in value)
+        case dict():
+            return {key: _listed(item) for key, item in value.items()}
+        case torch.dtype():
+            return str(value).removeprefix("torch.")
+        case _:
+            return value
+
+
+def _sites(dtype: str) -> list[Site]:
     sites: list[Site] = []
     for layer in range(LAYERS):
-        mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 2 * layer, (None, HIDDEN), "float32")
-        out = SiteInfo(f"{layer}.out", f"{layer}", "output", 2 * layer + 1, (None, HIDDEN), "float32")
+        mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 2 * layer, (None, HIDDEN), dtype)
+        out = SiteInfo(f"{layer}.out", f"{layer}", "output", 2 * layer + 1, (None, HIDDEN), dtype)
         sites += [Direct(mlp, 2 * layer, Slot(0)), Stream(out, 2 * layer + 1, Slot(0), Slot(1))]
-    return sites + draw_sites(2 * LAYERS, VOCAB, "float32")
+    return sites + draw_sites(2 * LAYERS, VOCAB, dtype)

@@ -6,6 +6,9 @@ before vLLM's output processor looks at them.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from msgspec import Raw
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.results import (
@@ -21,11 +25,12 @@ from nnsight_vllm.graph.results import (
     DtypeValue,
     ListValue,
     Saved,
+    Sheet,
     TensorValue,
     TupleValue,
     Value,
 )
-from nnsight_vllm.graph.wire import decode_delta
+from nnsight_vllm.graph.wire import decode_delta, decode_saved
 from nnsight_vllm.trace.backend import Sample
 
 
@@ -35,23 +40,41 @@ class Collected:
 
     sample: Sample = field(default_factory=Sample)
     is_stopped: bool = False
+    _sheets: list[Sheet] = field(default_factory=list)  # not read yet
 
     def add(self, delta: Delta) -> None:
+        if delta.saves:
+            self.read_sheets()
         for saved in delta.saves:
             self._save(saved)
+        if delta.sheet is not None:
+            self._sheets.append(delta.sheet)
         self.sample.logs += delta.logs
         self.sample.failure = self.sample.failure or delta.failure
         self.is_stopped = self.is_stopped or delta.stopped
 
+    def read_sheets(self) -> None:
+        """Turn the sheets that came into values. Many steps' sheets are alike, and are read together."""
+        sheets, self._sheets = self._sheets, []
+        for header, alike in itertools.groupby(sheets, key=lambda sheet: bytes(sheet.saved)):
+            for name, append, values in _columns(decode_saved(Raw(header)), [sheet.data for sheet in alike]):
+                if append:
+                    self._known(name).extend(values)
+                else:
+                    self.sample.values[name] = values[-1]
+
     def _save(self, saved: Saved) -> None:
         value = decode_value(saved.value)
-        if saved.append:
-            known = self.sample.values[saved.name]
-            if not isinstance(known, list) or not isinstance(value, list):
-                raise InterventionError(f"the engine sent a continuation of {saved.name}, which isn't a list")
-            known.extend(value)
-        else:
+        if not saved.append:
             self.sample.values[saved.name] = value
+        elif isinstance(value, list):
+            self._known(saved.name).extend(value)
+
+    def _known(self, name: str) -> list[object]:
+        known = self.sample.values.get(name)
+        if not isinstance(known, list):
+            raise InterventionError(f"the engine sent a continuation of {name}, which isn't a list")
+        return known
 
 
 class Collector:
@@ -76,7 +99,10 @@ class Collector:
     def take(self, request_id: str, count: int) -> list[Collected]:
         """What the samples of a finished request sent home."""
         found = self._found.pop(request_id, {})
-        return [found.get(i) or Collected() for i in range(count)]
+        samples = [found.get(i) or Collected() for i in range(count)]
+        for sample in samples:
+            sample.read_sheets()
+        return samples
 
     def clear(self) -> None:
         self._found.clear()
@@ -121,6 +147,32 @@ class Collector:
         return is_running
 
 
+def _columns(saved: list[Saved], data: list[bytes]) -> Iterator[tuple[str, bool, list[object]]]:
+    """Name, whether it continues a list, and the values of all steps; `data`: the sheets' bytes, one a step."""
+    steps = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8).reshape(len(data), -1)
+    columns: dict[tuple[str, bool], list[list[object]]] = {}
+    start = 0
+    for one in saved:
+        parts: list[list[object]] = []
+        leaves = one.value.items if isinstance(one.value, TupleValue) else [one.value]
+        for leaf in leaves:
+            assert isinstance(leaf, TensorValue)
+            dtype: torch.dtype = getattr(torch, leaf.dtype)
+            stop = start + math.prod(leaf.shape) * dtype.itemsize
+            values = steps[:, start:stop].clone(memory_format=torch.contiguous_format).view(dtype)
+            parts.append(list(values.reshape(len(data), *leaf.shape).unbind()))
+            start = stop
+        items = parts[0] if one.value is leaves[0] else _tuples(one.value, parts)
+        columns.setdefault((one.name, one.append), []).append(items)
+    for (name, append), several in columns.items():
+        yield name, append, [value for step in zip(*several, strict=True) for value in step]
+
+
+def _tuples(value: Value, parts: list[list[object]]) -> list[object]:
+    names = value.names if isinstance(value, TupleValue) else ()
+    return [_named(names, items) if names else items for items in zip(*parts, strict=True)]
+
+
 def decode_value(value: Value) -> object:
     """A saved value as Python and torch have it; tensors are writable and the caller's own."""
     match value:
@@ -143,5 +195,9 @@ def decode_value(value: Value) -> object:
 
 
 def _named(names: tuple[str, ...], items: tuple[object, ...]) -> object:
-    kind: Any = namedtuple("Result", names)  # type: ignore[misc]
-    return kind(*items)
+    return _kind(names)(*items)
+
+
+@functools.cache
+def _kind(names: tuple[str, ...]) -> Any:
+    return namedtuple("Result", names)

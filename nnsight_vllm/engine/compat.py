@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsight_vllm.engine import taps
+from nnsight_vllm.engine import refusal, taps
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.engine.executor import Executor
 from nnsight_vllm.engine.recycling import Recycling, clear_blocks
-from nnsight_vllm.engine.requests import Arrival, Span
+from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.errors import EngineSettingError, PreemptedError
 
 FIELD = "nnsight_vllm"
@@ -63,8 +63,12 @@ def settings_of(vllm_config: Any) -> dict[str, Any]:
 
 
 def salt_compile_cache(vllm_config: Any, fingerprint: str) -> None:
-    """Keep compiled code apart by instrumentation: vLLM's cache key has `additional_config` but not the hooks."""
+    """Keep compiled code apart by instrumentation: vLLM's cache key has `additional_config` but not the hooks.
+
+    The file of the front end is another one in every start, so it mustn't be in the key.
+    """
     settings = {**settings_of(vllm_config), "fingerprint": fingerprint}
+    settings.pop(refusal.KEY, None)
     vllm_config.additional_config = {**vllm_config.additional_config, FIELD: settings}
 
 
@@ -93,6 +97,8 @@ class Seam:
         self._has_graphs = False  # in this step
         self._is_armed = False  # for the step's first `compute_logits`; later ones are prompt logprobs
         self._recycling = Recycling()
+        self._ids: list[str] = []  # of the last step, in the order of its batch
+        self._index: dict[str, int] = {}
         _wrap(runner, "execute_model", self._execute_model)
         _wrap(runner, "_determine_batch_execution_and_padding", self._choose_cuda_graph)
         _wrap(runner, "_model_forward", self._model_forward)
@@ -128,7 +134,7 @@ class Seam:
         if not self._has_graphs:
             return forward(*args, **kwargs)
         executor = self._started()
-        executor.begin_step(_spans(self._runner, executor))
+        executor.begin_step(self._step())
         self._is_armed = True
         return forward(*args, **kwargs)
 
@@ -163,6 +169,15 @@ class Seam:
                 executor.fail_step(error)
             _attach(output, executor.end_step(_emitting(self._runner)))
         return output
+
+    def _step(self) -> Step:
+        """Rows and positions of this step's requests."""
+        batch, ids = self._runner.input_batch, self._runner.input_batch.req_ids
+        if ids != self._ids:
+            self._ids = list(ids)
+            self._index = {id: i for i, id in enumerate(ids)}
+        starts = self._runner.query_start_loc.np[: len(ids) + 1].astype("int64")
+        return Step(self._index, starts, batch.num_computed_tokens_cpu[: len(ids)].astype("int64"))
 
     def _started(self) -> Executor:
         assert self.executor is not None, "a step before the worker was ready"
@@ -223,15 +238,6 @@ def _refusal(params: Any, runner: Any) -> str:
     return ""
 
 
-def _spans(runner: Any, executor: Executor) -> Iterator[Span]:
-    """Rows and positions of this step's requests with graphs."""
-    batch, starts = runner.input_batch, runner.query_start_loc.np
-    for index, request_id in enumerate(batch.req_ids):
-        if request_id in executor.requests:
-            position = int(batch.num_computed_tokens_cpu[index])
-            yield Span(request_id, index, int(starts[index]), int(starts[index + 1]), position)
-
-
 def _emitting(runner: Any) -> list[str]:
     """Requests that get a token in this step: a piece of a prompt gets none."""
     discarded = runner.discard_request_mask.np
@@ -262,10 +268,9 @@ def _report_edits(drawn: Any, before: Tensor, rows: dict[int, Tensor]) -> None:
             reported.selected_token_ranks[index] = (logprobs >= logprobs[token]).sum()
 
 
-def _attach(output: Any, sent: dict[str, bytes]) -> None:
+def _attach(output: Any, sent: dict[str, Tensor]) -> None:
     """Results ride home as the pooling output of the step, which generating requests don't use."""
     if not sent:
         return
     result = getattr(output, "_model_runner_output", output)  # async scheduling wraps it
-    tensors = {id: torch.frombuffer(bytearray(data), dtype=torch.uint8) for id, data in sent.items()}
-    result.pooler_output = [tensors.get(id) for id in result.req_ids]
+    result.pooler_output = [sent.get(id) for id in result.req_ids]

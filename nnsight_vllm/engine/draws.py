@@ -30,11 +30,11 @@ class Samples:
         return tensors[0][rows, 0].long()
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        token = int(new)
-        if not 0 <= token < self.vocab_size:
-            new.copy_(old)
+        outside = (new < 0) | (new >= self.vocab_size)
+        if bool(outside.any()):
+            token = int(new[outside][0])
             raise InterventionError(f"token {token} isn't in the vocabulary of {self.vocab_size} tokens")
-        tensors[0][rows, 0] = token
+        tensors[0][rows, 0] = new.to(tensors[0].dtype)
 
     def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
         return None

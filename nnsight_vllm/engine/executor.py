@@ -1,29 +1,43 @@
-"""Runs the graphs of a step's requests, each on its own rows, as the model passes their sites.
+"""Runs the graphs of a step's requests as the model passes their sites.
 
 The engine's calls, in this order every step: `drop` and `admit`, `begin_step`, the taps' handlers (from inside the
 model), `enter_logits`, `at_tap` for logits and samples, `end_step`. Whatever a graph raises fails that request only.
 
-    waiting[tap]   requests whose programs wait for a site that this tap serves, in this step
+    alone          requests that run by themselves
+    groups         requests at the same point of the same program, which run as one
+    waiting[tap]   requests and groups whose programs wait for a site that this tap serves, in this step
     active[tap]    the handler, there for exactly the taps with somebody waiting
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from nnsight_vllm.engine.batched import GroupInterpreter
 from nnsight_vllm.engine.draws import SAMPLES_TAP
+from nnsight_vllm.engine.group import Group, key_of
+from nnsight_vllm.engine.group_place import GroupPlace
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
 from nnsight_vllm.engine.places import Place
-from nnsight_vllm.engine.requests import START, Arrival, Request, Span, Status
+from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step
+from nnsight_vllm.engine.results import Outbox
+from nnsight_vllm.engine.sheet import GroupSheet
 from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.taps import Handler, Tensors
 from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
+from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
+from nnsight_vllm.plan.template import Digest, parameter_of
+
+Unit = Request | Group
 
 
 @dataclass(frozen=True)
@@ -36,68 +50,115 @@ class SiteTable:
     active: MutableMapping[int, Handler]
 
 
-class Executor:
-    """All requests with graphs that the engine knows."""
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of results that one request may send home, and all that live at a time."""
 
-    def __init__(self, table: SiteTable, programs: ProgramCache, store: Store, device: torch.device) -> None:
+    request: int = 1 << 30
+    engine: int = 8 << 30
+
+    def excess(self, of_request: int, of_all: int) -> str:
+        """What is over its limit, in words; empty where nothing is."""
+        if of_request > self.request:
+            return f"the request saved {of_request} bytes; max_saved_bytes is {self.request}"
+        if of_all > self.engine:
+            return f"the requests that run saved {of_all} bytes; max_saved_bytes_in_all is {self.engine}"
+        return ""
+
+
+class Executor:
+    """All requests with graphs that the engine knows. Without `batching` each runs by itself."""
+
+    def __init__(
+        self,
+        table: SiteTable,
+        programs: ProgramCache,
+        store: Store,
+        device: torch.device,
+        batching: bool = True,
+        limits: Limits = Limits(),
+    ) -> None:
         self.requests: dict[str, Request] = {}
         self.store = store
+        self.programs = programs
         self._table = table
-        self._programs = programs
+        self._batching = batching
+        self._limits = limits
+        self._num_saved = 0  # bytes sent home of the requests that live
         self._interpreter = Interpreter(table.orders, table.calls, device)
-        self._waiting: dict[int, list[Request]] = {}
-        self._step: list[Request] = []  # requests that run in this step
-        self._spans: dict[str, Span] = {}
-        self._rows: dict[str, slice] = {}
+        self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
+        self._alone: dict[str, Request] = {}
+        self._groups: list[Group] = []
+        self._waiting: dict[int, list[Unit]] = {}
+        self._step: Step | None = None
+        self._is_at_logits = False
         self._interrupt: BaseException | None = None
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
         request = Request(arrival.request_id, arrival.prompt_length, arrival.seed)
-        self.requests[request.id] = request
+        self.requests[request.id] = self._alone[request.id] = request
         self._guarded(request, lambda: self._load(request, arrival))
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended."""
-        for request_id in request_ids:
-            self.requests.pop(request_id, None)
+        gone: set[str] = set()
+        for id in request_ids:
+            if (request := self.requests.pop(id, None)) is not None:
+                gone.add(id)
+                self._alone.pop(id, None)
+                self._num_saved -= request.num_saved
+        if not gone:
+            return
+        self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
     def fail(self, request_id: str, error: Exception) -> None:
         """Fail a request for a reason that the engine knows, also one whose program is over: its edits must stay."""
         request = self.requests.get(request_id)
         if request is not None and request.status is not Status.FAILED:
             request.fail(error, keep_token=False)
+            self._groups = [part for group in self._groups if (part := _without(group, {request_id})) is not None]
 
-    def begin_step(self, spans: Iterable[Span]) -> None:
+    def begin_step(self, step: Step) -> None:
         """A forward is about to start over these requests' rows."""
-        for span in spans:
-            request = self.requests.get(span.request_id)
-            if request is not None and request.is_running:
-                self._step.append(request)
-                self._spans[request.id] = span
-                self._rows[request.id] = slice(span.start, span.stop)
-                self._guarded(request, partial(self._begin, request, span))
-                self._await(request)
+        self._step = step
+        self._is_at_logits = False
+        ready: list[Unit] = []
+        groups, self._groups = self._groups, []
+        for group in groups:
+            ready += self._begin_group(group, step)
+        for request in list(self._alone.values()):
+            index = step.index.get(request.id)
+            if not request.is_running:
+                self._alone.pop(request.id)
+            elif index is not None:
+                self._guarded(request, partial(self._begin, request, index, step))
+                ready.append(request)
+        self._go_on(ready, step)
 
     def enter_logits(self) -> None:
         """From here on each request has one row: its last token's, at its index in the batch."""
-        for request_id, span in self._spans.items():
-            self._rows[request_id] = slice(span.index, span.index + 1)
+        self._is_at_logits = True
 
     def at_tap(self, tap: int, tensors: Tensors) -> None:
         """The model is at a tap: run whoever waits for a site on it. Never raises."""
         self._active_pop(tap)
-        for request in self._waiting.pop(tap, ()):
-            while self._waits_at(request, tap):
-                self._guarded(request, partial(self._arrive, request, tensors))
-            self._await(request)
+        while units := self._waiting.pop(tap, None):
+            for unit in units:
+                if isinstance(unit, Group):
+                    for part in self._run_group(unit, partial(self._arrive_together, unit, tensors)):
+                        self._await(part)
+                else:
+                    self._guarded(unit, partial(self._arrive, unit, tensors))
+                    self._await(unit)
+            self._active_pop(tap)
 
     def leave_logits(self) -> None:
         """The model is done and the logits are there: only the drawn token is still to come."""
         for tap in [tap for tap in self._waiting if tap != SAMPLES_TAP]:
             self._active_pop(tap)
-            for request in self._waiting.pop(tap):
-                self._guarded(request, partial(self._leave, request))
+            for unit in self._waiting.pop(tap):
+                self._leave(unit)
 
     def writes_samples(self, request_id: str) -> bool:
         """Whether this request may replace the token that is about to be drawn."""
@@ -106,18 +167,20 @@ class Executor:
 
     def fail_step(self, error: Exception) -> None:
         """Fail every request of this step: a defect of ours, in which anything may be wrong."""
-        for request in self._step:
-            self.fail(request.id, error)
+        for id in list(self._step.index if self._step else ()):
+            self.fail(id, error)
 
-    def end_step(self, emitting: Collection[str]) -> dict[str, bytes]:
+    def end_step(self, emitting: Collection[str]) -> dict[str, Tensor]:
         """The step is over. Returns what goes home: a msgpack `Delta` by id, for requests that emit in this step.
 
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
-        for request in self._step:
-            self._guarded(request, partial(self._leave, request))
+        units: list[Unit] = [*self._alone.values(), *self._groups]
+        for unit in units:
+            if isinstance(unit, Group) or (self._step is not None and unit.id in self._step.index):
+                self._leave(unit)
         self._clear_step()
-        sent = {id: data for id in emitting if id in self.requests and (data := self.requests[id].outbox.take())}
+        sent = self._messages(emitting)
         if self._interrupt is not None:
             interrupt, self._interrupt = self._interrupt, None
             raise interrupt
@@ -127,7 +190,9 @@ class Executor:
         """What shouldn't be there between steps; `known`: ids of requests that the engine still has."""
         found = [f"a handler at tap {tap}" for tap in self._table.active]
         found += [f"requests waiting at tap {tap}" for tap in self._waiting]
-        found += [f"rows of request {id} of a past step" for id in self._rows]
+        members = [member for group in self._groups for member in group.members]
+        found += [f"request {r.id} is in a group and unknown" for r in members if r.id not in self.requests]
+        found += [f"a site of a group of {len(group)}" for group in self._groups if group.place is not None]
         for id, request in self.requests.items():
             if request.place is not None:
                 found.append(f"a working copy of {request.place.name} of request {id}")
@@ -135,51 +200,194 @@ class Executor:
                 found.append(f"state of request {id}, which the engine doesn't know")
         return found
 
+    def stats(self) -> Stats:
+        """What was run so far."""
+        counts, programs = self._grouped.counts, self.programs
+        return Stats(
+            batched=counts.batched,
+            one_by_one=counts.one_by_one,
+            alone=self._interpreter.num_run,
+            prevented=dict(counts.prevented.most_common()),
+            programs=len(programs),
+            program_hits=programs.hits,
+            program_misses=programs.misses,
+        )
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
     def _load(self, request: Request, arrival: Arrival) -> None:
-        request.program = self._programs.get(arrival.graph)
+        request.program, parameters = self.programs.get(arrival.graph)
         if request.program.writes_samples and arrival.refuse_samples:
             raise InterventionError(f"the sampled token can't be edited: {arrival.refuse_samples}")
-        request.constants = {key: self.store.get(key) for key in sorted(request.program.constants)}
+        for number, value in enumerate(parameters):
+            known = self.store.get(value.text) if isinstance(value, Digest) else value
+            request.parameters[parameter_of(number)] = known
+        request.env.update(request.parameters)
 
-    def _begin(self, request: Request, span: Span) -> None:
-        if not request.expects(span):
-            raise _interrupted(request, span)
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, request: Request, index: int, step: Step) -> None:
+        position, count = int(step.positions[index]), int(step.starts[index + 1] - step.starts[index])
+        if not request.expects(position, count):
+            raise _interrupted(request, position, count)
         request.iteration += 1
         if request.wait.site is None and request.wait.iteration == request.iteration:
             self._interpreter.run(request)
 
-    def _await(self, request: Request) -> None:
-        """Have the tap of the site that a request waits for call us, if it's one of this iteration."""
-        if not request.is_running or request.wait.site is None or request.wait.iteration != request.iteration:
-            return
-        tap = self._table.sites[request.wait.site].tap
-        self._waiting.setdefault(tap, []).append(request)
-        self._table.active[tap] = partial(self.at_tap, tap)
+    def _begin_group(self, group: Group, step: Step) -> list[Unit]:
+        here = [int(i) for i in np.flatnonzero(group.locate(step) >= 0)]
+        if not here:
+            self._groups.append(group)
+            return []
+        if len(here) < len(group):  # the others wait for a later step, by themselves
+            for i in set(range(len(group))).difference(here):
+                request = group.select([i]).release()
+                self._alone[request.id] = request
+            group = group.select(here)
+        wrong = group.unexpected(step)
+        if wrong:
+            for i in wrong:
+                at = int(group.locate(step)[i])
+                request, count = group.members[i], int(step.starts[at + 1] - step.starts[at])
+                request.iteration = int(group.iteration[i])
+                request.fail(_interrupted(request, int(step.positions[at]), count), keep_token=False)
+            keep = [i for i in range(len(group)) if i not in wrong]
+            if not keep:
+                return []
+            group = group.select(keep)
+        order = np.argsort(group.locate(step), kind="stable")
+        if not bool((order[1:] > order[:-1]).all()):
+            group = group.select(order.tolist())
+        group.iteration = group.iteration + 1
+        group.lag -= 1
+        if group.site is None and group.lag == 0:
+            return list(self._run_group(group, lambda: None))
+        return [group]
 
-    def _waits_at(self, request: Request, tap: int) -> bool:
-        wait = request.wait
-        if not request.is_running or wait.site is None or wait.iteration != request.iteration:
-            return False
-        return self._table.sites[wait.site].tap == tap
+    def _go_on(self, ready: list[Unit], step: Step) -> None:
+        """Form groups of those at the same point, and let everybody wait for their sites."""
+        by_key: dict[object, list[Unit]] = {}
+        for unit in ready:
+            if isinstance(unit, Group):
+                by_key.setdefault((unit.key() if unit.lag == 0 else None) or object(), []).append(unit)
+            elif unit.is_running:
+                key = key_of(unit) if self._batching and unit.wait.iteration == unit.iteration else None
+                by_key.setdefault(key or object(), []).append(unit)
+        for units in by_key.values():
+            self._await(units[0] if len(units) == 1 else self._together(units, step))
+
+    def _together(self, units: list[Unit], step: Step) -> Group:
+        groups = [unit for unit in units if isinstance(unit, Group)]
+        requests = [unit for unit in units if isinstance(unit, Request)]
+        for request in requests:
+            self._alone.pop(request.id, None)
+        if requests:
+            groups.append(Group.of(requests))
+        group = groups[0] if len(groups) == 1 else Group.merged(groups)
+        order = np.argsort(group.locate(step), kind="stable")
+        return group if bool((order[1:] > order[:-1]).all()) else group.select(order.tolist())
+
+    def _await(self, unit: Unit) -> None:
+        """Have the tap of the site that a program waits for call us, if it's one of this iteration."""
+        if isinstance(unit, Group):
+            if unit not in self._groups:
+                self._groups.append(unit)
+            site, is_now = unit.site, unit.lag == 0
+        elif unit.is_running:
+            site, is_now = unit.wait.site, unit.wait.iteration == unit.iteration
+        else:
+            return
+        if site is not None and is_now:
+            tap = self._table.sites[site].tap
+            self._waiting.setdefault(tap, []).append(unit)
+            self._table.active[tap] = partial(self.at_tap, tap)
 
     def _arrive(self, request: Request, tensors: Tensors) -> None:
         name = request.wait.site
-        assert name is not None
+        assert name is not None and self._step is not None
         request.order = self._table.orders[name]
-        request.place = Place(name, self._table.sites[name], tensors, self._rows[request.id])
+        index = self._step.index[request.id]
+        start = index if self._is_at_logits else int(self._step.starts[index])
+        stop = index + 1 if self._is_at_logits else int(self._step.starts[index + 1])
+        request.place = Place(name, self._table.sites[name], tensors, slice(start, stop))
         self._interpreter.run(request)
 
-    def _leave(self, request: Request) -> None:
-        """The iteration is over; what the program still waits for in it will never come."""
-        wait = request.wait
-        if request.is_running and wait.site is not None and wait.iteration == request.iteration:
-            raise OutOfOrderError(f"the model ran iteration {wait.iteration} without passing {wait.site}")
-        request.leave_iteration()
+    def _arrive_together(self, group: Group, tensors: Tensors) -> None:
+        name = group.site
+        assert name is not None and self._step is not None
+        group.order = self._table.orders[name]
+        layout = group.layout(self._step, self._is_at_logits)
+        group.place = GroupPlace(name, self._table.sites[name], tensors, layout, partial(self._grouped.blame, group))
+
+    def _run_group(self, group: Group, arrive: Callable[[], None]) -> list[Group]:
+        """Nothing that a graph does may leave the op's body; what isn't one request's fault fails the group."""
+        if group in self._groups:
+            self._groups.remove(group)
+        self._grouped.current, self._grouped.found, self._grouped.waiting = group, [], []
+        try:
+            with _inference():
+                arrive()
+                return self._grouped.run(group)
+        except Exception as error:
+            self._grouped.fail(error)
+        except BaseException as error:
+            self._interrupt = error
+            self._grouped.fail(error)
+        return []
+
+    def _leave(self, unit: Unit) -> None:
+        """The iteration is over; what a program still waits for in it will never come."""
+        if isinstance(unit, Request):
+            self._guarded(unit, partial(_leave_alone, unit))
+            return
+        if unit.site is not None and unit.lag <= 0 and not unit.is_over:
+            error = OutOfOrderError(f"the model ran iteration {int(unit.iteration[0])} without passing {unit.site}")
+            for member in unit.members:
+                member.fail(error, keep_token=True)
+            unit.is_over = True
+            self._groups = [group for group in self._groups if group is not unit]
+        unit.leave_iteration()
+
+    def _messages(self, emitting: Collection[str]) -> dict[str, Tensor]:
+        sent: dict[str, Tensor] = {}
+        emits = set(emitting)
+        for group in list(self._groups):
+            if group.sheet.columns and all(member.id in emits for member in group.members):
+                self._send_together(group, sent)
+            elif group.sheet.columns:
+                group.spill()
+            group.sheet.clear()
+        for id in emits:
+            request = self.requests.get(id)
+            if request is not None and id not in sent and (data := request.outbox.take()) is not None:
+                self._send(request, _tensor(data), sent)
+        return sent
+
+    def _send_together(self, group: Group, sent: dict[str, Tensor]) -> None:
+        sheet, group.sheet = group.sheet, GroupSheet(len(group))
+        start, lines = sheet.lines()
+        for i, member in enumerate(group.members):
+            if member.outbox.is_empty:
+                self._send(member, lines[i], sent)
+            else:
+                self._send(member, _tensor(member.outbox.take(sheet.sheet_of(i, start, lines))), sent)
+
+    def _send(self, request: Request, message: Tensor, sent: dict[str, Tensor]) -> None:
+        """A message on its way home, unless it brings the request or the engine over its limit."""
+        request.num_saved += message.numel()
+        self._num_saved += message.numel()
+        excess = self._limits.excess(request.num_saved, self._num_saved)
+        if excess and request.status is not Status.FAILED:
+            request.outbox = Outbox()
+            request.fail(InterventionError(excess), keep_token=True)
+            self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
+            message = _tensor(request.outbox.take())
+        sent[request.id] = message
 
     def _guarded(self, request: Request, work: Callable[[], None]) -> None:
         """Nothing that a graph does may leave the op's body: it would end the engine for everybody."""
         try:
-            with torch.inference_mode():
+            with _inference():
                 work()
         except Exception as error:
             request.fail(error, self._keeps_token(request))
@@ -197,13 +405,33 @@ class Executor:
         for tap in self._waiting:
             self._active_pop(tap)
         self._waiting.clear()
-        self._step.clear()
-        self._spans.clear()
-        self._rows.clear()
+        self._step = None
 
 
-def _interrupted(request: Request, span: Span) -> PreemptedError:
-    rows = f"positions {span.position} to {span.position + span.stop - span.start - 1}"
+def _inference() -> AbstractContextManager[object]:
+    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
+def _leave_alone(request: Request) -> None:
+    wait = request.wait
+    if request.is_running and wait.site is not None and wait.iteration == request.iteration:
+        raise OutOfOrderError(f"the model ran iteration {wait.iteration} without passing {wait.site}")
+    request.leave_iteration()
+
+
+def _without(group: Group, gone: Collection[str]) -> Group | None:
+    keep = [i for i, member in enumerate(group.members) if member.id not in gone]
+    if len(keep) == len(group):
+        return group
+    return group.select(keep) if keep else None
+
+
+def _tensor(data: bytes | None) -> Tensor:
+    return torch.frombuffer(bytearray(data or b""), dtype=torch.uint8)
+
+
+def _interrupted(request: Request, position: int, count: int) -> PreemptedError:
+    rows = f"positions {position} to {position + count - 1}"
     if request.iteration == START:
         return PreemptedError(f"the engine ran {rows} of a prompt of {request.prompt_length} tokens in one step")
     return PreemptedError(f"the engine evicted the request after iteration {request.iteration} and recomputes {rows}")

@@ -8,16 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from nnsight_vllm.engine import refusal
 from nnsight_vllm.engine.collect import Collected, Collector
 from nnsight_vllm.engine.prompts import make_prompt
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
 from nnsight_vllm.graph.catalogue import Catalogue
+from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
@@ -37,7 +40,12 @@ class Engine:
     """A running vLLM engine that takes graphs."""
 
     def __init__(
-        self, model: str, arguments: dict[str, object], sites: Sites, tensor_limit: int = DEFAULT_LIMIT
+        self,
+        model: str,
+        arguments: dict[str, object],
+        sites: Sites,
+        tensor_limit: int = DEFAULT_LIMIT,
+        ours: dict[str, object] | None = None,
     ) -> None:
         try:
             from vllm import LLM
@@ -46,11 +54,8 @@ class Engine:
                 "running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
             ) from error
         _refuse_import_of_main()
-        try:
-            self.llm: Any = LLM(model, **engine_arguments(arguments, sites))
-        except RuntimeError as error:
-            error.add_note(_GUARD)
-            raise
+        with refusal.received() as file:
+            self.llm: Any = _start(LLM, model, engine_arguments(arguments, sites, file, ours))
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
         self.collector = Collector(self.llm)
@@ -139,6 +144,10 @@ class Engine:
         """Numbers of the worker's tensor store: `bytes` and `count` held, `received_bytes` ever sent."""
         return msgspec.msgpack.decode(self._call("nnsight_store"), type=dict[str, int])
 
+    def stats(self) -> Stats:
+        """What the worker ran so far."""
+        return msgspec.msgpack.decode(self._call("nnsight_stats"), type=Stats)
+
     def close(self) -> None:
         """End the engine and free what it held."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -196,6 +205,18 @@ class Engine:
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
+
+
+def _start(kind: Any, model: str, arguments: dict[str, object]) -> Any:
+    try:
+        return kind(model, **arguments)
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise EngineSettingError(f"no checkpoint {model!r}: no such path, and looked up by name: {error}") from error
+    except RuntimeError as error:
+        error.add_note(_GUARD)
+        raise
 
 
 def _refuse_import_of_main() -> None:

@@ -177,7 +177,9 @@ def _selector(selection: Selection, paths: list[str], blocks: list[str]) -> Call
     patterns = list(selection)
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            raise EngineSettingError(f"sites: the pattern {pattern!r} matches no module, such as {blocks[0]!r}")
+            raise EngineSettingError(
+                f"sites={patterns!r}: the pattern {pattern!r} matches no module of this model; {blocks[0]!r} is one"
+            )
     return lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
 
 

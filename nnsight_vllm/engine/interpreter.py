@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, check_depth, evaluate
-from nnsight_vllm.engine.places import Place
+from nnsight_vllm.engine.places import ADDS, Place
 from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Log, Op, Read, Ref, Save, Write
@@ -36,7 +36,7 @@ from nnsight_vllm.plan.instructions import (
 from nnsight_vllm.plan.program import SAMPLES
 
 MAX_TRIPS = 65_536
-_ADDS = {"py.iadd": 1, "tensor.add_": 1, "py.isub": -1, "tensor.sub_": -1}
+END = 2**31
 _FILLS = {"py.append", "py.extend", "py.insert", "py.update", "py.list", "py.dict", "py.tuple"}
 
 
@@ -53,6 +53,7 @@ class Interpreter:
         self._orders = orders
         self._calls = calls
         self._device = device
+        self.num_run = 0  # nodes
         self._methods: dict[type, Callable[[Request, Any], bool]] = {
             At: self.at,
             Run: self.run_node,
@@ -104,6 +105,7 @@ class Interpreter:
     def run_node(self, request: Request, run: Run) -> bool:
         node = run.node
         request.node = node.id
+        self.num_run += 1
         result = self._nodes[type(node)](request, node)
         if not isinstance(node, Write | Save | Log):
             request.env[node.id] = result
@@ -149,14 +151,15 @@ class Interpreter:
         return True
 
     def iter_begin(self, request: Request, begin: IterBegin) -> bool:
-        request.frames.append(IterationsFrame(iter(_iterations(begin))))
+        start, stop, step = (evaluate(bound, request.env) for bound in (begin.start, begin.stop, begin.step))
+        request.frames.append(IterationsFrame(start, END if stop is None else stop, step))
         return True
 
     def iter_next(self, request: Request, step: IterNext) -> bool:
         frame = request.frames[-1]
         assert isinstance(frame, IterationsFrame)
-        for iteration in frame.upcoming:
-            frame.current = request.env[step.index] = iteration
+        if frame.advance():
+            request.env[step.index] = frame.current
             return True
         request.frames.pop()
         request.pc = step.exit
@@ -177,14 +180,17 @@ class Interpreter:
         request.place_at(node.site).assign(evaluate(node.value, request.env))
 
     def const(self, request: Request, node: Const) -> Tensor:
-        tensor = request.constants[node.digest]
+        tensor: Tensor = request.env[int(node.digest)]
         return tensor.clone() if node.id in request.program.copied else tensor
 
     def call(self, request: Request, node: Call) -> Tensor:
         return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
 
     def save(self, request: Request, node: Save) -> None:
-        request.outbox.save(node.name, evaluate(node.value, request.env))
+        if isinstance(node.value, Ref) and node.value.id in request.program.streams:
+            request.outbox.start(node.name)
+        else:
+            request.outbox.save(node.name, evaluate(node.value, request.env))
 
     def log(self, request: Request, node: Log) -> None:
         request.outbox.log(" ".join(str(evaluate(arg, request.env)) for arg in node.args))
@@ -192,6 +198,14 @@ class Interpreter:
     def op(self, request: Request, node: Op) -> Any:
         args = [evaluate(arg, request.env) for arg in node.args]
         kwargs = {key: evaluate(value, request.env) for key, value in node.kwargs.items()}
+        return self.perform(request, node, args, kwargs)
+
+    def perform(self, request: Request, node: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """One operation on values that are there."""
+        stream = _stream(request, node)
+        if stream is not None:
+            request.outbox.append(stream, args[1])
+            return None
         is_filling = _fills_container(node.name, args)
         if is_filling:
             check_depth([args[1:] if args and isinstance(args[0], list | dict) else args, list(kwargs.values())])
@@ -213,7 +227,7 @@ class Interpreter:
         self, place: Place, name: str, args: list[Any], kwargs: dict[str, Any], request: Request
     ) -> Any:
         place.refuse_floats(args[2:] if name == "py.setitem" else args[1:])
-        if name in _ADDS and len(args) == 2 and not kwargs and place.add(args[0], args[1], _ADDS[name]):
+        if name in ADDS and len(args) == 2 and not kwargs and place.add(args[0], args[1], ADDS[name]):
             return args[0]
         return place.change(lambda: self._apply(request, name, args, kwargs))
 
@@ -268,8 +282,10 @@ def _changed(name: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     return [*targets, kwargs["out"]] if "out" in kwargs else targets
 
 
-def _iterations(begin: IterBegin) -> range:
-    return range(begin.start, 2**31 if begin.stop is None else begin.stop, begin.step)
+def _stream(request: Request, node: Op) -> str | None:
+    """The name under which an append goes home at once."""
+    target = node.args[0] if node.name == "py.append" else None
+    return request.program.streams.get(target.id) if isinstance(target, Ref) else None
 
 
 def _free(request: Request, ids: tuple[int, ...]) -> None:

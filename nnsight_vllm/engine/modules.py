@@ -8,6 +8,7 @@ as some columns of a fused linear (`packed_modules_mapping`).
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,17 +110,24 @@ def blocks(tree: nn.Module) -> list[str]:
 def unshare(model: nn.Module) -> None:
     """Give each place its own copy of a shared module without weights.
 
-    vLLM hands one activation object to all layers; a hook on it couldn't tell them apart. Modules with buffers (rotary
-    tables) stay shared: they are large.
+    vLLM hands one activation object to all layers; a hook on it couldn't tell them apart. It hands the same one to a later
+    model of this process, so no place keeps the original. Modules with buffers (rotary tables) stay shared: they are large.
     """
-    seen: set[int] = set()
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is None or next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
-                continue
-            if id(child) in seen and not list(child.children()):
-                setattr(parent, name, _twin(child))
-            seen.add(id(child))
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and _is_bare(child)
+    ]
+    count = Counter(id(child) for _, _, child in places)
+    for parent, name, child in places:
+        if count[id(child)] > 1:
+            setattr(parent, name, _twin(child))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """No weights, no buffers, nothing below."""
+    return not list(module.children()) and not list(module.parameters()) and not list(module.buffers())
 
 
 def _twin(module: nn.Module) -> nn.Module:

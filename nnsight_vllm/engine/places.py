@@ -17,13 +17,19 @@ from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.taps import Tensors
 from nnsight_vllm.errors import InterventionError
 
+ADDS = {"py.iadd": 1, "tensor.add_": 1, "py.isub": -1, "tensor.sub_": -1}
+"""In-place operations that may go to a site's addend, and the sign of what they add."""
+
 
 class Place:
-    """One request at one site in one iteration. `work`: the working copy, [rows, ...], contiguous."""
+    """One request at one site in one iteration. `work`: the working copy, [rows, ...], contiguous.
 
-    def __init__(self, name: str, site: Site, tensors: Tensors, rows: slice) -> None:
+    Within a group it is the request's rows of the group's.
+    """
+
+    def __init__(self, name: str, site: Site, tensors: Tensors, rows: slice, work: Tensor | None = None) -> None:
         self.name = name
-        self.work = site.read(tensors, rows)
+        self.work = site.read(tensors, rows) if work is None else work
         self._site = site
         self._tensors = tensors
         self._rows = rows
@@ -58,12 +64,8 @@ class Place:
         return True
 
     def refuse_floats(self, args: list[Any]) -> None:
-        """A site of integers takes none but integers: torch would cut them off silently."""
-        if self.work.is_floating_point():
-            return
-        for arg in args:
-            if isinstance(arg, float | bool) or (isinstance(arg, Tensor) and not _is_integer(arg)):
-                raise InterventionError(f"{self.name} holds integers; got {_describe(arg)}")
+        if not self.work.is_floating_point():
+            refuse_floats(self.name, args)
 
     def _addend_of(self, view: Any) -> Tensor | None:
         addend = self._site.addend(self._tensors, self._rows)
@@ -75,24 +77,37 @@ class Place:
         return torch.as_strided(addend, view.size(), view.stride(), offset)
 
     def _fit(self, value: Any) -> Tensor:
-        self.refuse_floats([value])
-        if not isinstance(value, Tensor | int | float):
-            raise InterventionError(f"{self.name} takes a tensor or a number; got {_describe(value)}")
-        tensor = torch.as_tensor(value, device=self.work.device)
-        try:
-            fitted = tensor.expand(self.work.shape)
-        except RuntimeError:
-            raise InterventionError(
-                f"a value of shape {list(tensor.shape)} doesn't fit {self.name} of shape {list(self.work.shape)}"
-            ) from None
+        fitted = fit(self.name, value, self.work)
         return fitted.clone() if self.aliases(fitted) else fitted
+
+
+def refuse_floats(site: str, args: list[Any]) -> None:
+    """A site of integers takes none but integers: torch would cut them off silently."""
+    for arg in args:
+        if isinstance(arg, float | bool) or (isinstance(arg, Tensor) and not _is_integer(arg)):
+            raise InterventionError(f"{site} holds integers; got {describe(arg)}")
+
+
+def fit(site: str, value: Any, work: Tensor) -> Tensor:
+    """A value in the shape of a site's, [rows, ...]. Raises `InterventionError`."""
+    if not work.is_floating_point():
+        refuse_floats(site, [value])
+    if not isinstance(value, Tensor | int | float):
+        raise InterventionError(f"{site} takes a tensor or a number; got {describe(value)}")
+    tensor = torch.as_tensor(value, device=work.device)
+    try:
+        return tensor.expand(work.shape)
+    except RuntimeError:
+        raise InterventionError(
+            f"a value of shape {list(tensor.shape)} doesn't fit {site} of shape {list(work.shape)}"
+        ) from None
 
 
 def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"{value!r:.80}"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from nnsight_vllm.engine.lanes import Ints
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.results import Outbox, describe
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
@@ -40,17 +39,20 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A request's rows in one step: `start:stop` of the step's rows, the first at `position` of the request.
+class Step:
+    """The rows of one step. `ids`: its requests in the order of the batch, `index` the same the other way round.
 
-    `index`: its place in the batch, and the row of its last token where each request has one row.
+    Request i has rows `starts[i] : starts[i + 1]` of the step, the first at `positions[i]` of the request; where each
+    request has one row, row i.
     """
 
-    request_id: str
-    index: int
-    start: int
-    stop: int
-    position: int
+    index: Mapping[str, int]
+    starts: Ints
+    positions: Ints
+
+    @classmethod
+    def of(cls, ids: Iterable[str], starts: Ints, positions: Ints) -> Step:
+        return cls({id: i for i, id in enumerate(ids)}, starts, positions)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,19 @@ class LoopFrame:
 
 @dataclass
 class IterationsFrame:
-    upcoming: Iterator[int]
+    """A block that runs at iterations `upcoming, upcoming + step, ...` below `stop`."""
+
+    upcoming: int
+    stop: int
+    step: int
     current: int = START
+
+    def advance(self) -> bool:
+        """Go to the next iteration; False after the last one."""
+        if self.upcoming >= self.stop:
+            return False
+        self.current, self.upcoming = self.upcoming, self.upcoming + self.step
+        return True
 
 
 Frame = LoopFrame | IterationsFrame
@@ -77,23 +90,28 @@ Frame = LoopFrame | IterationsFrame
 
 @dataclass
 class Request:
-    """`pc`: the next instruction. `env`: node id -> value. `order`: how far the program is in this iteration."""
+    """`pc`: the next instruction. `order`: how far the program is in this iteration.
+
+    `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives. While the
+    request is in a group, the group has its place in the program and its values.
+    """
 
     id: str
     prompt_length: int
     seed: int
-    program: Program = field(default_factory=lambda: Program((), frozenset(), frozenset(), False))
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    program: Program = field(default_factory=lambda: Program(()))
     status: Status = Status.RUNNING
     pc: int = 0
     node: int | None = None
     env: dict[int, Any] = field(default_factory=dict)
+    parameters: dict[int, Any] = field(default_factory=dict)
     frames: list[Frame] = field(default_factory=list)
     wait: Wait = Wait(None, 0)
     iteration: int = START
     order: int = START
     place: Place | None = None
     num_drawn: int = 0
+    num_saved: int = 0  # bytes sent home
     outbox: Outbox = field(default_factory=Outbox)
 
     @property
@@ -109,11 +127,11 @@ class Request:
                 return frame.current
         raise InterventionError("a site without an iteration outside of an iterations block")
 
-    def expects(self, span: Span) -> bool:
+    def expects(self, position: int, count: int) -> bool:
         """Whether the step computes just what comes next: the whole prompt, or the one next position."""
         if self.iteration == START:
-            return span.position == 0 and span.stop - span.start == self.prompt_length
-        return span.stop - span.start == 1 and span.position == self.prompt_length + self.iteration
+            return position == 0 and count == self.prompt_length
+        return count == 1 and position == self.prompt_length + self.iteration
 
     def place_at(self, site: str) -> Place:
         """The place at this site, if that's where the program is."""
@@ -147,5 +165,5 @@ class Request:
     def _finish(self, status: Status) -> None:
         self.status = status
         self.place = None
-        self.env, self.constants = {}, {}
+        self.env = {}
         self.frames = []

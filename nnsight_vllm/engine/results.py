@@ -18,6 +18,7 @@ from nnsight_vllm.graph.results import (
     Failure,
     ListValue,
     Saved,
+    Sheet,
     TensorValue,
     TupleValue,
     Value,
@@ -35,6 +36,7 @@ class Outbox:
         self._values: dict[str, Any] = {}
         self._followed: dict[str, Followed] = {}
         self._changed: set[int] = set()  # storages that in-place operations touched
+        self._appended: dict[str, list[Any]] = {}
         self._logs: list[str] = []
         self.stopped = False
         self.keep_token = True
@@ -50,6 +52,22 @@ class Outbox:
             self._followed.pop(name, None)
             self._values[name] = frozen_copy(value)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is surely nothing to send."""
+        kept = self._values or self._followed or self._appended or self._logs
+        return not kept and not self.stopped and self.failure is None
+
+    def start(self, name: str) -> None:
+        """A list that items will be appended to, and that nobody reads."""
+        self._values[name] = []
+
+    def append(self, name: str, value: Any) -> None:
+        """One item more of a list that is saved under this name and that nobody reads."""
+        started = self._values.get(name)
+        items = started if isinstance(started, list) else self._appended.setdefault(name, [])
+        items.append(frozen_copy(value))
+
     def log(self, text: str) -> None:
         self._logs.append(text)
 
@@ -64,25 +82,29 @@ class Outbox:
     def fail(self, failure: Failure, keep_token: bool) -> None:
         self.failure, self.keep_token = failure, keep_token
 
-    def take(self) -> bytes | None:
+    def take(self, sheet: Sheet | None = None) -> bytes | None:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
+        if self.is_empty and sheet is None:
+            return None
         try:
-            data = _encode(self._delta())
+            data = _encode(self._delta(sheet))
         except Exception as error:
             failure = Failure(type(error).__name__, f"a saved value can't be sent: {describe(error)}")
             data = encode_delta(Delta(failure=failure, keep_token=self.keep_token))
         self._clear()
         return data
 
-    def _delta(self) -> Delta:
+    def _delta(self, sheet: Sheet | None) -> Delta:
         saves = [Saved(name, encode_value(value)) for name, value in self._values.items()]
         for followed in self._followed.values():
             if (saved := followed.take(self._changed)) is not None:
                 saves.append(saved)
-        return Delta(saves, self._logs, self.stopped, self.keep_token, self.failure)
+        for name, items in self._appended.items():
+            saves.append(Saved(name, ListValue([encode_value(item) for item in items]), append=True))
+        return Delta(saves, self._logs, self.stopped, self.keep_token, self.failure, sheet)
 
     def _clear(self) -> None:
-        self._values, self._logs, self._changed = {}, [], set()
+        self._values, self._logs, self._changed, self._appended = {}, [], set(), {}
         self.stopped, self.keep_token, self.failure = False, True, None
 
 

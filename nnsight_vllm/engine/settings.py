@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from nnsight_vllm.engine import refusal
 from nnsight_vllm.errors import EngineSettingError
 
 Sites = str | Sequence[str]
 
 _ENV_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_ENV_AHEAD = "VLLM_USE_AOT_COMPILE"
+
+
+_NAMED_SITES = ("all", "blocks")
+_EXPECTED_SITES = "expected 'all', 'blocks' or a list of patterns of module paths, such as ['model.layers.*.mlp']"
 
 
 def _above_one(value: object) -> bool:
@@ -46,16 +53,52 @@ def check_arguments(arguments: dict[str, object]) -> None:
         raise EngineSettingError(f"{_ENV_RUNNER}={os.environ[_ENV_RUNNER]}: the V2 model runner isn't supported yet")
 
 
-def engine_arguments(arguments: dict[str, object], sites: Sites) -> dict[str, object]:
-    """vLLM's arguments with our worker and scheduler in place."""
+def check_sites(sites: object) -> None:
+    """Raise `EngineSettingError` for what no model could have; whether a pattern matches is known to the worker."""
+    if isinstance(sites, str) and sites in _NAMED_SITES:
+        return
+    if not isinstance(sites, list | tuple | set | frozenset):
+        raise EngineSettingError(f"sites={sites!r}: {_EXPECTED_SITES}")
+    for pattern in sites:
+        if not isinstance(pattern, str) or not pattern:
+            raise EngineSettingError(f"sites={sites!r}: {pattern!r} is no pattern; {_EXPECTED_SITES}")
+
+
+def check_checkpoint(model: str) -> None:
+    """Raise `EngineSettingError` for a path that isn't there. A name that may be a model hub's is for vLLM to look up."""
+    if model.startswith(("/", "./", "../", "~", ".\\")) and not Path(model).exists():
+        raise EngineSettingError(f"there is no checkpoint at {model!r}")
+
+
+def engine_arguments(
+    arguments: dict[str, object], sites: Sites, refusal_file: str | None = None, ours: dict[str, object] | None = None
+) -> dict[str, object]:
+    """vLLM's arguments with our worker and scheduler in place. `refusal_file`: where the worker says why it won't start.
+
+    `ours`: more for the worker, `batching` and `limits`.
+    """
     check_arguments(arguments)
+    check_sites(sites)
     os.environ[_ENV_RUNNER] = "0"  # where Triton is present vLLM would choose its V2 runner
+    if _is_on_cpu():
+        # vLLM stores code compiled ahead of time that its CPU build can't load; torch's own cache works there.
+        os.environ.setdefault(_ENV_AHEAD, "0")
     extra = arguments.get("additional_config") or {}
     if not isinstance(extra, dict):
         raise EngineSettingError(f"additional_config must be a dict, got {type(extra).__name__}")
+    settings: dict[str, object] = {"sites": sites if isinstance(sites, str) else sorted(sites)}
+    if refusal_file is not None:
+        settings[refusal.KEY] = refusal_file
+    settings.update(ours or {})
     return {
         **arguments,
         "worker_cls": "nnsight_vllm.engine.worker.Worker",
         "scheduler_cls": "nnsight_vllm.engine.scheduler.Scheduler",
-        "additional_config": {**extra, "nnsight_vllm": {"sites": sites if isinstance(sites, str) else sorted(sites)}},
+        "additional_config": {**extra, "nnsight_vllm": settings},
     }
+
+
+def _is_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())

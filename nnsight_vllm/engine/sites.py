@@ -82,11 +82,9 @@ class Direct:
         return _copy(self.slot.live(tensors, rows))
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        differs = new != old
-        live = self.slot.live(tensors, rows)
-        live.copy_(torch.where(differs, new.to(live.dtype), live))
+        self.slot.live(tensors, rows).copy_(new)  # what didn't change has the bits that were read here
         if self.refresh is not None:
-            self.refresh(tensors, rows, _changed_rows(differs))
+            self.refresh(tensors, rows, _changed_rows(new != old))
 
     def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
         return None
@@ -162,12 +160,19 @@ class Gate:
 
     def activated(self, tensors: Tensors, rows: slice) -> Tensor:
         """What the activation gave, or what a graph put in its place: [n, intermediate]."""
-        held = taps.SCRATCH.get((self.name, rows.start))
-        return self.activation(self.gate.live(tensors, rows)) if held is None else held
+        value = self.activation(self.gate.live(tensors, rows))
+        held = taps.SCRATCH.get(self.name)
+        return value if held is None else torch.where(held.mask[rows], held.values[rows], value)
 
-    def hold(self, rows: slice, value: Tensor) -> None:
-        """Let `value` stand for the activation's output while this tap fires."""
-        taps.SCRATCH[self.name, rows.start] = value
+    def hold(self, tensors: Tensors, rows: slice, value: Tensor, differs: Tensor) -> None:
+        """Let `value` stand for the activation's output where it `differs`, while this tap fires."""
+        held = taps.SCRATCH.get(self.name)
+        if held is None:
+            everything = self.gate.live(tensors, slice(None))
+            mask = torch.zeros(everything.shape, dtype=torch.bool, device=value.device)
+            held = taps.SCRATCH[self.name] = taps.Held(torch.empty_like(mask, dtype=value.dtype), mask)
+        held.values[rows] = torch.where(differs, value, held.values[rows])
+        held.mask[rows] |= differs
 
     def refresh(self, tensors: Tensors, rows: slice, changed: Tensor) -> None:
         if changed.numel():
@@ -188,7 +193,7 @@ class Activation:
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
         differs = new != old
-        self.gate.hold(rows, new.clone())
+        self.gate.hold(tensors, rows, new, differs)
         product = self.gate.product.live(tensors, rows)
         up = self.gate.up.live(tensors, rows)
         product.copy_(torch.where(differs, new.to(up.dtype) * up, product))

@@ -39,7 +39,9 @@ class Store:
         """Take tensors, each as safetensors bytes with one tensor named `tensor`."""
         for data in files:
             self._received += len(data)
-            self._tensors[digest(data)] = _load(data).to(self._device)
+            key = digest(data)
+            if key not in self._tensors:  # requests that share a tensor should find that they do
+                self._tensors[key] = _load(data).to(self._device)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Forget tensors. Requests that run keep theirs."""

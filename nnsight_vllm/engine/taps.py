@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,17 @@ MAX_WRITE = 3
 ACTIVE: dict[int, Handler] = {}
 """Tap number -> handler of this step. The runtime fills it before a forward and empties it after."""
 
-SCRATCH: dict[tuple[str, int], Tensor] = {}
-"""Values that live only while one tap fires (views of what the engine never stores), by (name, first row)."""
+
+@dataclass
+class Held:
+    """Values [rows, ...] that stand for what the engine never stores, where `mask` says so."""
+
+    values: Tensor
+    mask: Tensor
+
+
+SCRATCH: dict[str, Held] = {}
+"""What lives only while one tap fires, by name."""
 
 _failures: list[Exception] = []
 _suspensions = 0

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from nnsight_vllm.engine import compat, taps
+from nnsight_vllm.engine import compat, refusal, taps
 from nnsight_vllm.engine.calls import Calls
 from nnsight_vllm.engine.draws import draw_sites
-from nnsight_vllm.engine.executor import Executor, SiteTable
+from nnsight_vllm.engine.executor import Executor, Limits, SiteTable
 from nnsight_vllm.engine.instrument import Instrumented, instrument
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.graph.catalogue import Catalogue
@@ -36,13 +36,15 @@ class Worker(_Base):
     executor: Executor
 
     def init_device(self) -> None:
-        compat.require_supported(self.vllm_config)
+        with refusal.sent(compat.settings_of(self.vllm_config).get(refusal.KEY)):
+            compat.require_supported(self.vllm_config)
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        sites = compat.settings_of(self.vllm_config)["sites"]
-        self.instrumented = instrument(self.model_runner.get_model(), self.vllm_config, sites)
+        settings = compat.settings_of(self.vllm_config)
+        with refusal.sent(settings.get(refusal.KEY)):
+            self.instrumented = instrument(self.model_runner.get_model(), self.vllm_config, settings["sites"])
         compat.salt_compile_cache(self.vllm_config, self.instrumented.fingerprint)
         self.seam = compat.Seam(self.model_runner)
 
@@ -66,6 +68,10 @@ class Worker(_Base):
     def nnsight_store(self) -> bytes:
         """Numbers of the store: `bytes`, `count`, `received_bytes`."""
         return msgspec.msgpack.encode(self.executor.store.info())
+
+    def nnsight_stats(self) -> bytes:
+        """What was run so far, as msgpack `Stats`."""
+        return msgspec.msgpack.encode(self.executor.stats())
 
     def nnsight_integrity(self, live: list[str]) -> bytes:
         """What is left over, as a msgpack list of lines, when only the requests `live` haven't ended.
@@ -94,5 +100,7 @@ class Worker(_Base):
             active=taps.ACTIVE,
         )
         programs = ProgramCache(lambda graph: check(graph, catalogue))
-        self.executor = Executor(table, programs, Store(self.device), self.device)
+        ours = compat.settings_of(self.vllm_config)
+        limits = Limits(**ours.get("limits", {}))
+        self.executor = Executor(table, programs, Store(self.device), self.device, ours.get("batching", True), limits)
         self.seam.executor = self.executor

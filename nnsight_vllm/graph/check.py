@@ -213,6 +213,8 @@ class Checker:
 
     def _define(self, *ids: int) -> None:
         for id in ids:
+            if id < 0:
+                raise GraphError(f"an id is a number from 0 on, got {id}")
             if id in self.ids:
                 raise GraphError(f"the id {id} is defined twice")
             self.ids.add(id)

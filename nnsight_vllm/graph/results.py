@@ -6,7 +6,7 @@ that was sent before under the same name.
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 
 class TensorValue(Struct, frozen=True, tag="tensor"):
@@ -47,6 +47,34 @@ class Saved(Struct, frozen=True):
     append: bool = False
 
 
+class Sheet(Struct, frozen=True):
+    """Many saved tensors as one piece: `saved` is a msgpack list of `Saved`, in which tensors come without their bytes.
+
+    Those lie in `data`, one after the other.
+    """
+
+    saved: Raw
+    data: bytes
+
+
+class Stats(Struct, frozen=True):
+    """What an engine ran since it started.
+
+    Operations of programs, each counted once a request: `batched` ran for a whole group of requests at once, `one_by_one`
+    in a group but request by request, `alone` for a request that nobody shared its place and program with. `prevented`
+    says of `one_by_one` how often each operation was why. `programs` are compiled and kept; `program_hits` and
+    `program_misses` count requests whose program was there already, or not.
+    """
+
+    batched: int = 0
+    one_by_one: int = 0
+    alone: int = 0
+    prevented: dict[str, int] = {}
+    programs: int = 0
+    program_hits: int = 0
+    program_misses: int = 0
+
+
 class Failure(Struct, frozen=True):
     """Why a graph failed. `kind` is the error's class name, `node` the id of the node it happened at."""
 
@@ -60,7 +88,7 @@ class Delta(Struct, frozen=True, omit_defaults=True):
     """What one step of one request sends home.
 
     `stopped` ends the request. `keep_token` says whether the step's sampled token still belongs to the request:
-    false when it stopped or failed before its `samples` site of this iteration.
+    false when it stopped or failed before its `samples` site of this iteration. `sheet` comes after `saves`.
     """
 
     saves: list[Saved] = []
@@ -68,3 +96,4 @@ class Delta(Struct, frozen=True, omit_defaults=True):
     stopped: bool = False
     keep_token: bool = True
     failure: Failure | None = None
+    sheet: Sheet | None = None

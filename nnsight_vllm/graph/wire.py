@@ -11,12 +11,13 @@ import msgspec
 
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.nodes import VERSION, Graph
-from nnsight_vllm.graph.results import Delta
+from nnsight_vllm.graph.results import Delta, Saved
 
 _graph_encoder = msgspec.msgpack.Encoder()
 _graph_decoder = msgspec.msgpack.Decoder(Graph)
 _json_decoder = msgspec.json.Decoder(Graph)
 _delta_decoder = msgspec.msgpack.Decoder(Delta)
+_saved_decoder = msgspec.msgpack.Decoder(list[Saved])
 
 
 def encode(graph: Graph) -> bytes:
@@ -52,6 +53,16 @@ def encode_delta(delta: Delta) -> bytes:
 def decode_delta(data: bytes | memoryview) -> Delta:
     """One step's results from msgpack."""
     return _delta_decoder.decode(data)
+
+
+def encode_saved(saved: list[Saved]) -> msgspec.Raw:
+    """The first part of a sheet."""
+    return msgspec.Raw(_graph_encoder.encode(saved))
+
+
+def decode_saved(data: msgspec.Raw) -> list[Saved]:
+    """What a sheet holds."""
+    return _saved_decoder.decode(data)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Graph] | msgspec.json.Decoder[Graph], data: str | bytes) -> Graph:

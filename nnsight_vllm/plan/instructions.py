@@ -106,12 +106,13 @@ class LoopNext:
 class IterBegin:
     """Start a block that runs at iterations `start, start + step, ...` below `stop`."""
 
-    start: int
-    stop: int | None
-    step: int
+    start: Arg
+    stop: Arg
+    step: Arg
 
     def __str__(self) -> str:
-        return f"iterations {self.start}:{'' if self.stop is None else self.stop}:{self.step}"
+        stop = "" if self.stop is None else render_arg(self.stop)
+        return f"iterations {render_arg(self.start)}:{stop}:{render_arg(self.step)}"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _held_in(node: Node) -> set[int]:
 
 
 def _refs(args: Iterable[Arg]) -> set[int]:
-    return {id for arg in args for id in refs(arg)}
+    return {id for arg in args for id in refs(arg) if id >= 0}  # parameters live as long as the request
 
 
 def _sorted(ids: set[int]) -> tuple[int, ...]:

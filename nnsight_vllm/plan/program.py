@@ -1,14 +1,15 @@
 """Graph -> Program: a tree of blocks becomes a flat tuple of instructions with jumps.
 
-The graph is assumed legal. A program holds no tensors and no state of a request, so it's shared by all requests that
-send the same bytes.
+The graph is assumed legal. A program holds no tensors and no state of a request, so it's shared by all requests whose
+graphs differ in nothing but their parameters.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nnsight_vllm.graph.check import refs
 from nnsight_vllm.graph.nodes import (
@@ -29,7 +30,8 @@ from nnsight_vllm.graph.nodes import (
 )
 from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
 from nnsight_vllm.graph.walk import nodes_of
-from nnsight_vllm.graph.wire import decode, digest
+from nnsight_vllm.graph.wire import decode, digest, encode
+from nnsight_vllm.plan import effects
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,
@@ -46,6 +48,7 @@ from nnsight_vllm.plan.instructions import (
     Run,
 )
 from nnsight_vllm.plan.liveness import Liveness
+from nnsight_vllm.plan.template import Parameter, split
 
 SAMPLES = "samples.output"
 # Operators that only read what stands on their right.
@@ -56,16 +59,21 @@ _READERS = frozenset(
 
 @dataclass(frozen=True)
 class Program:
-    """A graph, ready to run.
+    """A graph's structure, ready to run. A negative id is a parameter of the request, constants included.
 
-    `constants` are the digests it needs. `copied` are the `const` nodes whose tensor some in-place operation might
-    reach: they get a copy, the store is everybody's. `writes_samples` says that it may replace a drawn token.
+    `copied` are the `const` nodes whose tensor some in-place operation might reach: they get a copy, the store is
+    everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
+    sent home, by the name they are saved under. `changes_values`: something is changed in place that isn't a site.
+    `keeps_together`: requests in the midst of it can't be told apart from one another's memory, so they don't run as a
+    group that a branch may part.
     """
 
     code: tuple[Instruction, ...]
-    constants: frozenset[str]
-    copied: frozenset[int]
-    writes_samples: bool
+    copied: frozenset[int] = frozenset()
+    writes_samples: bool = False
+    streams: Mapping[int, str] = field(default_factory=dict)
+    changes_values: bool = False
+    keeps_together: bool = False
 
     def __str__(self) -> str:
         width = len(str(len(self.code) - 1))
@@ -73,41 +81,60 @@ class Program:
 
 
 def compile_graph(graph: Graph) -> Program:
-    """The program of a legal graph."""
+    """The program of a legal graph, or of a template."""
     nodes = list(nodes_of(graph.body))
+    changes_values = bool(effects.changed(nodes))
+    may_part = any(isinstance(node, Cond | Loop) for node in nodes)
     return Program(
         code=_Compiler(graph).run(),
-        constants=frozenset(node.digest for node in nodes if isinstance(node, Const)),
         copied=_copied(nodes),
         writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
+        streams=effects.streams(graph),
+        changes_values=changes_values,
+        keeps_together=may_part and (changes_values or effects.changes_through_views(nodes)),
     )
 
 
 class ProgramCache:
-    """Programs by the sha256 of their graph's bytes; the least recently used leave first."""
+    """Programs by their graph's structure; the least recently used leave first. `hits` and `misses` count look-ups."""
 
     def __init__(self, check: Callable[[Graph], None], max_programs: int = 512) -> None:
         self._check = check
         self._max_programs = max_programs
         self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._checked: OrderedDict[tuple[str, tuple[int, ...]], None] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def get(self, data: bytes) -> Program:
-        """The program of these graph bytes. Raises what decoding and checking raise."""
-        key = digest(data)
-        if key not in self._programs:
-            self._add(key, data)
-        self._programs.move_to_end(key)
-        return self._programs[key]
-
-    def _add(self, key: str, data: bytes) -> None:
+    def get(self, data: bytes) -> tuple[Program, list[Parameter]]:
+        """The program of these graph bytes, and what the graph has of its own. Raises what decoding and checking raise."""
         graph = decode(data)
-        self._check(graph)
-        self._programs[key] = compile_graph(graph)
-        if len(self._programs) > self._max_programs:
-            self._programs.popitem(last=False)
+        template = split(graph)
+        key = digest(encode(template.graph))
+        self._check_once(graph, key, template.bounds)
+        if key in self._programs:
+            self.hits += 1
+        else:
+            self.misses += 1
+            self._programs[key] = compile_graph(template.graph)
+        _touch(self._programs, key, self._max_programs)
+        return self._programs[key], template.parameters
+
+    def _check_once(self, graph: Graph, key: str, bounds: tuple[int, ...]) -> None:
+        """Legality is a question of structure and of the iterations' bounds; other parameters don't bear on it."""
+        if (key, bounds) not in self._checked:
+            self._check(graph)
+            self._checked[key, bounds] = None
+        _touch(self._checked, (key, bounds), 8 * self._max_programs)
+
+
+def _touch(cache: OrderedDict[Any, Any], key: object, limit: int) -> None:
+    cache.move_to_end(key)
+    if len(cache) > limit:
+        cache.popitem(last=False)
 
 
 class _Compiler:
@@ -186,7 +213,7 @@ class _Compiler:
         self.free(node)
 
     def iterations(self, node: Iterations) -> None:
-        self.emit(IterBegin(node.start, node.stop, node.step))
+        self.emit(IterBegin(_bound(node.start), _bound(node.stop), _bound(node.step)))
         top = self.label()
         head = self.emit(IterNext(node.index, 0))
         self.emit(At(None, None))
@@ -216,6 +243,11 @@ class _Compiler:
                 self.code[index] = replace(jump, target=target)
             case LoopNext() | IterNext() as step:
                 self.code[index] = replace(step, exit=target)
+
+
+def _bound(value: int | None) -> Arg:
+    """A bound in a template is the number of a parameter."""
+    return Ref(value) if value is not None and value < 0 else value
 
 
 def _copied(nodes: list[Node]) -> frozenset[int]:

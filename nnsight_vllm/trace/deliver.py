@@ -11,10 +11,14 @@ from nnsight_vllm.trace.proxy import Proxy
 
 def deliver(frame: FrameType) -> None:
     """Put saved values in the place of their proxies. What was not saved keeps its proxy, which says so when used."""
-    found = {name: _settled(value) for name, value in frames.names(frame).items()}
+    found = {name: _settled(value) for name, value in _names(frame).items()}
     changed = {name: value.value for name, value in found.items() if isinstance(value, Proxy) and value._has_value}
     if changed:
         frames.write_names(frame, changed)
+
+
+def _names(frame: FrameType) -> dict[str, object]:
+    return {**frames.global_names(frame), **frames.names(frame)}
 
 
 def _settled(value: object) -> object:

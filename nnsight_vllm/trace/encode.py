@@ -30,12 +30,16 @@ class Constants:
     def __init__(self) -> None:
         self.data: dict[str, bytes] = {}
         self._known: dict[tuple[int, int], tuple[torch.Tensor, str]] = {}
+        self._small: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}  # by id, with the value it had
 
     def add(self, tensor: torch.Tensor) -> str:
         """The tensor's digest; its bytes are taken now, so later changes of the tensor don't matter."""
         key = _version(tensor)
         if key is not None and key in self._known:
             return self._known[key][1]
+        small = self._small.get(id(tensor))
+        if small is not None and _has_bytes_of(tensor, small[1]):
+            return small[2]
         try:
             data = safetensors.torch.save({"tensor": tensor.detach().cpu().contiguous()})
         except Exception as error:
@@ -45,6 +49,8 @@ class Constants:
         self.data[name] = data
         if key is not None:
             self._known[key] = (tensor, name)
+        elif _is_small(tensor):
+            self._small[id(tensor)] = (tensor, tensor.detach().clone(), name)
         return name
 
 
@@ -54,6 +60,18 @@ def _version(tensor: torch.Tensor) -> tuple[int, int] | None:
         return None
     is_torchs_own = tensor.untyped_storage().resizable()  # memory shared with numpy changes behind torch's back
     return (id(tensor), tensor._version) if is_torchs_own and tensor.nbytes >= _LARGE else None
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Whether it's cheaper to compare the tensor with what it was than to hash it again."""
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.ndim > 0
+    return is_plain and tensor.is_contiguous() and 0 < tensor.nbytes < _LARGE
+
+
+def _has_bytes_of(tensor: torch.Tensor, known: torch.Tensor) -> bool:
+    if tensor.dtype != known.dtype or tensor.shape != known.shape or not _is_small(tensor):
+        return False
+    return torch.equal(tensor.detach().view(torch.uint8), known.view(torch.uint8))
 
 
 class Encoder:
@@ -69,6 +87,9 @@ class Encoder:
             return self.recorder.use(value)
         if isinstance(value, torch.Tensor):
             return self.recorder.constant(self.constants.add(value))
+        known = _BY_TYPE.get(type(value))
+        if known is not None:
+            return known(self, value)
         for kind, encode in _KINDS:
             if isinstance(value, kind):
                 return encode(self, value)
@@ -97,7 +118,13 @@ def _integer(_: Encoder, value: object) -> Arg:
 
 def _slice(encoder: Encoder, value: object) -> Arg:
     part = cast("slice[object, object, object]", value)
+    if _is_full(part):
+        return Slice()
     return Slice(encoder.encode(part.start), encoder.encode(part.stop), encoder.encode(part.step))
+
+
+def _is_full(part: slice) -> bool:
+    return part.start is None and part.stop is None and part.step is None  # `==` would compare what is recorded
 
 
 def _dict(encoder: Encoder, value: object) -> Arg:
@@ -118,10 +145,14 @@ _KINDS: list[tuple[type, Callable[[Encoder, object], Arg]]] = [
     (list, lambda encoder, value: List(encoder.items(value))),
     (dict, _dict),
 ]
+_BY_TYPE = dict(_KINDS)
+_PLAIN = frozenset([type(None), bool, int, float, str, EllipsisType, torch.dtype])
 
 
 def resolve(value: object, variant: int) -> object:
     """The stand-in of an argument for meta tensors: proxies by their variant, tensors by their shapes."""
+    if type(value) in _PLAIN or (isinstance(value, slice) and _is_full(value)):
+        return value
     match value:
         case Proxy():
             return value._metas[variant if len(value._metas) > 1 else 0]

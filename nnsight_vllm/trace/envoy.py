@@ -7,7 +7,9 @@ the current iteration, and calling it applies the module to a value.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
 
 from nnsight_vllm.errors import RefusedError, UnknownModuleError
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
@@ -54,6 +56,8 @@ class Envoy:
             raise UnknownModuleError(f"{self.path} isn't a list of modules; {user_line()}")
         if isinstance(index, slice):
             return [self._child(name) for name in names[index]]
+        if not hasattr(type(index), "__index__"):
+            raise UnknownModuleError(f"{self.path} is indexed with a number or a slice, got {index!r}; {user_line()}")
         if not -len(names) <= index < len(names):
             raise UnknownModuleError(f"{self.path} has {len(names)} modules, no number {index}; {user_line()}")
         return self._child(names[index])
@@ -166,6 +170,26 @@ class PlaceTuple(tuple[Any, ...]):
         if index not in (0, -1) or not isinstance(self[0], Proxy):
             raise RefusedError(f"{self.site.name} is a tuple; set {self.site.name}[0] or [0][:]; {user_line()}")
         current(self.site.name).places.write(self.site, value)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or not hasattr(torch.Tensor, name):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    def __add__(self, other: object) -> tuple[Any, ...]:
+        if not isinstance(other, tuple):
+            self._refuse(" + ...")
+        return tuple(self) + other
+
+    def __mul__(self, other: object) -> NoReturn:
+        self._refuse(" * ...")
+
+    __rmul__ = __mul__
+
+    def _refuse(self, use: str) -> NoReturn:
+        item = "[0]" if isinstance(super().__getitem__(0), Proxy) else "[0][0]"
+        name = self.site.path + (".inputs" if item == "[0][0]" else f".{self.site.port}")
+        raise RefusedError(f"{name} is a tuple, its tensor is {name}{item}: write {name}{item}{use}; {user_line()}")
 
     def save(self) -> Proxy:
         """Save the tuple with its items as they are now."""

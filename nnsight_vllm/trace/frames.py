@@ -10,6 +10,7 @@ record of it, whose identity is checked first.
 from __future__ import annotations
 
 import ctypes
+import dis
 import inspect
 import sys
 from collections.abc import Mapping
@@ -35,6 +36,14 @@ def names(frame: FrameType) -> dict[str, object]:
     if is_function(frame):
         return dict(frame.f_locals)
     return frame.f_locals if isinstance(frame.f_locals, dict) else dict(frame.f_locals)
+
+
+def global_names(frame: FrameType) -> dict[str, object]:
+    """The names that a function declares `global` and binds, where they are bound."""
+    if not is_function(frame):
+        return {}
+    bound = {i.argval for i in dis.get_instructions(frame.f_code) if i.opname == "STORE_GLOBAL"}
+    return {name: frame.f_globals[name] for name in bound if name in frame.f_globals}
 
 
 def write_names(frame: FrameType, values: Mapping[str, object]) -> None:

@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 
+from nnsight_vllm.graph.ops import is_inplace
+
 
 class Unknown:
     """A value whose shape depends on data."""
@@ -72,13 +74,24 @@ class MetaError(Exception):
     """The operation fails for shapes or types alone; `__cause__` is torch's own error."""
 
 
+_WORKED: dict[tuple[object, ...], None] = {}
+"""In-place operations that worked, by name and the kinds of their arguments: they give their first argument again."""
+_MAX_WORKED = 4096
+
+
 def apply(name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     """The result of one operation on meta values, or `UNKNOWN`. Raises `MetaError` if it can't succeed."""
     if name in DATA_DEPENDENT or _has_unknown(args) or _has_unknown(tuple(kwargs.values())):
         return UNKNOWN
+    kinds = (name, *map(_kind, args)) if is_inplace(name) and not kwargs else None
+    if kinds is not None and None not in kinds and kinds in _WORKED:
+        return args[0]
     try:
         with torch.no_grad():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        if kinds is not None and None not in kinds and result is args[0] and len(_WORKED) < _MAX_WORKED:
+            _WORKED[kinds] = None
+        return result
     except NotImplementedError:
         return UNKNOWN
     except RuntimeError as error:
@@ -87,6 +100,13 @@ def apply(name: str, function: Callable[..., object], args: tuple[object, ...], 
         raise MetaError from error
     except Exception as error:
         raise MetaError from error
+
+
+def _kind(value: object) -> object:
+    """All of an argument that shapes and types depend on; None where that isn't simple."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return (type(value), value) if isinstance(value, bool | int | float) else None
 
 
 def of_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,6 +120,8 @@ def storage(value: object) -> int | None:
 
 
 def _has_unknown(values: object) -> bool:
+    if isinstance(values, torch.Tensor):
+        return False
     match values:
         case Unknown():
             return True

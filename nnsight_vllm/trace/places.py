@@ -248,8 +248,21 @@ class Places:
             if isinstance(given, torch.Tensor) and not _fits(given.shape, own.shape):
                 shapes = f"got {list(given.shape)}, expected {list(own.shape)}"
                 raise RecordError(f"{site.name} can't hold this value: {shapes}; {user_line()}")
-            if not isinstance(given, torch.Tensor | int | float | bool | meta.Unknown):
+            if isinstance(given, bool) or not isinstance(given, torch.Tensor | int | float | meta.Unknown):
                 raise RecordError(f"{site.name} holds a tensor, got {type(given).__name__}; {user_line()}")
+            refuse_complex(given, own)
+
+
+def refuse_complex(given: object, own: object) -> None:
+    """Raise where writing `given` into `own` would drop an imaginary part, which torch only warns of."""
+    if (
+        isinstance(given, torch.Tensor)
+        and isinstance(own, torch.Tensor)
+        and given.is_complex()
+        and not own.is_complex()
+    ):
+        name, into = (str(value.dtype).removeprefix("torch.") for value in (given, own))
+        raise RecordError(f"{name} can't be written into {into}: its imaginary part would be lost; {user_line()}")
 
 
 def _fits(given: torch.Size, own: torch.Size) -> bool:

@@ -30,6 +30,13 @@ _FIELDS = frozenset(
 )
 _MOVES = frozenset({"cpu", "cuda"})
 _CONTAINER_METHODS = frozenset({"append", "extend", "insert", "pop", "update", "keys", "values", "items"})
+# numpy's name of an operator -> Python's.
+_UFUNCS = {
+    **dict(subtract="sub", multiply="mul", divide="truediv", floor_divide="floordiv", remainder="mod", power="pow"),
+    **dict(bitwise_and="and", bitwise_or="or", bitwise_xor="xor", left_shift="lshift", right_shift="rshift"),
+    **dict(equal="eq", not_equal="ne", less="lt", less_equal="le", greater="gt", greater_equal="ge"),
+    **dict(add="add", matmul="matmul"),
+}
 _GRADIENTS = frozenset({"backward", "grad", "requires_grad_", "retain_grad", "register_hook"})
 
 
@@ -38,8 +45,6 @@ class Proxy:
 
     `_maybe` are the sites that it may be a view of, where meta tensors can't tell.
     """
-
-    __array_ufunc__ = None  # an array on the left leaves its operators to the proxy
 
     def __init__(
         self,
@@ -165,6 +170,8 @@ class Proxy:
         first = self._metas[0]
         if name in _MOVES:
             return lambda *args, **kwargs: self
+        if name == "type":
+            return self._type
         if name in _PROPERTIES and not isinstance(first, list | dict | tuple):
             return self._op(f"tensor.{name}", lambda tensor: getattr(tensor, name))
         if isinstance(first, list | dict) and name in _CONTAINER_METHODS:
@@ -174,6 +181,11 @@ class Proxy:
         if f"tensor.{name}" in OPS and not isinstance(first, list | dict):
             return _Method(self, f"tensor.{name}", name)
         raise RefusedError(f".{name} can't be recorded: it isn't among the operations of a graph; {user_line()}")
+
+    def _type(self, dtype: object = None, non_blocking: bool = False) -> Any:
+        if not isinstance(dtype, torch.dtype):
+            raise RefusedError(f".type() takes a torch.dtype here; .dtype tells the tensor's own; {user_line()}")
+        return self.to(dtype)
 
     @classmethod
     def __torch_function__(
@@ -221,7 +233,10 @@ class Proxy:
             return len(self.value)
         length = self._length()
         if length is None:
-            raise ControlFlowError(f"len() of this value isn't known while recording; {user_line()}")
+            raise ControlFlowError(
+                "len() of this value isn't known while recording (nor can torch.tensor() take it: a value of the run is a "
+                f"tensor already, and torch.stack([...]) makes one of several); {user_line()}"
+            )
         return length
 
     def _length(self) -> int | None:
@@ -253,6 +268,27 @@ class Proxy:
         if self._is_done:
             return _unwrap(item) in self.value
         raise ControlFlowError(f"`in` over a value isn't known while recording; use (x == y).any(); {user_line()}")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: object, **kwargs: object) -> Any:
+        """numpy's functions: its operators, for an array on the left, are recorded."""
+        name = _UFUNCS.get(ufunc.__name__) if method == "__call__" and not kwargs.keys() - {"out"} else None
+        python = getattr(operator, f"__{name}__", None)
+        if self._is_done:
+            whole = _unwrap(inputs)
+            return python(*whole) if python else getattr(ufunc, method)(*whole, **_unwrap(kwargs))
+        if python is None:
+            raise RefusedError(f"numpy's {ufunc.__name__} can't be recorded, torch's functions can; {user_line()}")
+        return self._recorder.op(f"py.{name}", python, inputs, {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return _round(self.value, digits) if self._is_done else self._op("py.round", _round, digits)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._is_done:
+            return _itself, (self.value,)
+        raise RefusedError(
+            f"a value can't be pickled while recording: save it, and pickle it afterwards; {user_line()}"
+        )
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.value.__array__(*args, **kwargs)
@@ -321,6 +357,9 @@ def torch_op(recorder: Recorder, func: Callable[..., Any], args: tuple[Any, ...]
         label = getattr(func, "__name__", repr(func))
         raise RefusedError(f"torch function {label} isn't among the operations of a graph; {user_line()}")
     args, kwargs = _without_device(args, kwargs)
+    if name.startswith("tensor.") and "input" in kwargs:  # a method has no such keyword
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("input"), *args)
     return recorder.op(name, func, tuple(args), dict(kwargs))
 
 
@@ -347,6 +386,11 @@ def _names() -> dict[Any, str]:
                 function = getattr(space, bare, None) if head == prefix else None
                 if function is not None and getattr(function, "__hash__", None):
                     _NAMES[function] = name
+        for op in OPS:  # `torch.clamp_(x)` is `x.clamp_()`
+            head, _, bare = op.partition(".")
+            function = getattr(torch, bare, None) if head == "tensor" and bare.endswith("_") else None
+            if function is not None:
+                _NAMES.setdefault(function, op)
         for op in OPS:  # torch also reaches operators of plain tensors: `tensor + proxy`
             head, _, bare = op.partition(".")
             function = getattr(torch.Tensor, f"__{bare}__", None) if head == "py" else None
@@ -368,6 +412,16 @@ def _setitem(target: Any, index: Any, value: Any) -> None:
 
 def _size(value: Any, dim: int) -> object:
     return meta.UNKNOWN
+
+
+def _round(value: Any, digits: int | None = None) -> object:
+    if isinstance(value, torch.Tensor):
+        return torch.round(value, decimals=digits or 0)
+    return meta.UNKNOWN if isinstance(value, meta.Unknown) else round(value, digits)
+
+
+def _itself(value: object) -> object:
+    return value
 
 
 def _static_length(value: object) -> int | None:

@@ -20,7 +20,7 @@ from nnsight_vllm.graph.ops import OPS, is_inplace
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import Constants, Encoder, resolve
 from nnsight_vllm.trace.flow import Flow
-from nnsight_vllm.trace.places import Places
+from nnsight_vllm.trace.places import Places, refuse_complex
 from nnsight_vllm.trace.proxy import Proxy, proxies_in
 from nnsight_vllm.trace.scope import Scope
 from nnsight_vllm.trace.source import Line, user_line
@@ -90,6 +90,9 @@ class Recorder:
         encoded_kwargs = {key: self.encode(value) for key, value in kwargs.items()}
         target = _target(name, function, args, kwargs)
         writes = self.places.written_by(target) if target is not None else None
+        if target is not None:
+            for arg in args[1:]:
+                refuse_complex(resolve(arg, 0), target._metas[0])
         count = max([1, *(len(proxy._metas) for proxy in proxies_in((args, kwargs)))])
         metas = tuple(self._meta(name, function, args, kwargs, i) for i in range(count))
         id = self.new_id()

@@ -27,7 +27,7 @@ class Line:
 
 
 def user_frame() -> FrameType:
-    """The innermost frame outside of this package, torch and einops."""
+    """The innermost frame outside of this package, torch, numpy and einops."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
@@ -41,4 +41,4 @@ def user_line() -> Line:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith((_PACKAGE, _TORCH)) or "/einops/" in file or file.startswith("<frozen")
+    return file.startswith((_PACKAGE, _TORCH, "<frozen")) or "/einops/" in file or "-packages/numpy/" in file

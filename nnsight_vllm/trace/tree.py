@@ -36,6 +36,8 @@ class Tree:
 
     def module(self, path: str) -> ModuleInfo:
         """The module at `path`. Raises `UnknownModuleError` with the nearest names."""
+        if not isinstance(path, str):
+            raise UnknownModuleError(f"a module's path is text, such as 'model.layers.0', got {path!r}; {user_line()}")
         known = self.modules.get(path)
         if known is not None:
             return known

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save
 from toy import HIDDEN, VOCAB, Toy, graph
 
+from nnsight_vllm.errors import PreemptedError
 from nnsight_vllm.graph.nodes import (
     Block,
     Call,
@@ -383,9 +384,22 @@ def test_a_prompt_in_pieces_or_an_evicted_request_fails_and_may_be_sent_again(to
     assert all(delta.failure and delta.failure.retryable for name in ("cut", "evicted") for delta in toy.received[name])
 
 
+def test_a_request_whose_program_is_over_fails_when_it_is_evicted(toy: Toy) -> None:
+    toy.add("r", graph(Write(0, "0.mlp", 5, 0), Save(1, "x", 1)))
+    toy.step(r=(2, 0))
+    toy.executor.fail("r", PreemptedError("evicted"))
+    toy.executor.fail("r", RuntimeError("too late"))
+    toy.step(r=(3, 0))  # all its rows anew, without the edit
+    first, last = toy.received["r"]
+    assert first.failure is None
+    assert toy.failure() == "PreemptedError: evicted"
+    assert last.failure is not None
+    assert (last.failure.retryable, last.keep_token) == (True, False)
+
+
 def test_results_wait_for_a_step_that_emits(toy: Toy) -> None:
     toy.add("r", graph(Save(0, "x", 1)))
-    toy.executor.begin_step([])
+    toy.step()
     assert toy.executor.end_step([]) == {}
     toy.executor.fail("r", RuntimeError("no"))
     assert list(toy.executor.end_step(["r"])) == ["r"]

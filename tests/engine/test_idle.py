@@ -6,6 +6,7 @@ Every engine is a process of its own, started by the benchmark that publishes th
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,9 +27,16 @@ pytestmark = pytest.mark.timeout(900)  # two engines compile a real model
 
 def answers(checkpoint: str, sites: Any) -> Answers:
     """Greedy `tokens` of a new engine's answers, and `cache`, the folder of its compiled code."""
-    job = {"checkpoint": checkpoint, "sites": sites, "dtype": "float32", "num_tokens": NUM_TOKENS, "one_by_one": False}
+    job = {
+        "checkpoint": checkpoint,
+        "sites": sites,
+        "dtype": "float32",
+        "num_tokens": NUM_TOKENS,
+        "at_once": NUM_PROMPTS,
+    }
     command = [sys.executable, str(FIDELITY), "--engine", json.dumps(job)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "VLLM_USE_AOT_COMPILE": "1"}  # so that vLLM's own cache of compiled code is in use
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     found: Answers = json.loads(run.stdout.splitlines()[-1])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,30 @@ def test_the_v2_runner_is_refused_by_the_name_of_its_variable(monkeypatch: pytes
         VLLM("no-such-checkpoint")
 
 
+@pytest.mark.parametrize("sites", ["block", "model.layers.*", "", 3, None, [1], ["model.layers.0", ""], {"model": 1}])
+def test_sites_that_no_model_could_have_are_refused_by_value_before_the_engine_starts(sites: Any) -> None:
+    with pytest.raises(EngineSettingError, match=re.escape(f"sites={sites!r}: ")):
+        VLLM("no-such-checkpoint", sites=sites)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_by_name(tiny_checkpoint: Callable[[str], str]) -> None:
+    model = VLLM(tiny_checkpoint("llama"), sites=["model.layer.*"], enforce_eager=True, max_model_len=128)
+    with pytest.raises(EngineSettingError, match=r"'model\.layer\.\*' matches no module.*'model\.layers\.0' is one"):
+        _ = model.llm
+
+
+@pytest.mark.parametrize("path", ["/no/such/checkpoint", "./no-such", "~/no-such"])
+def test_a_checkpoint_that_is_not_there_is_refused_by_path(path: str) -> None:
+    with pytest.raises(EngineSettingError, match=re.escape(repr(path))):
+        VLLM(path)
+
+
+def test_a_name_that_no_model_hub_gives_is_refused_by_name() -> None:
+    model = VLLM("no-such-checkpoint")
+    with pytest.raises(EngineSettingError, match="no checkpoint 'no-such-checkpoint'"):
+        _ = model.llm
+
+
 def test_the_users_additional_config_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     arguments = engine_arguments({"additional_config": {"mine": 1}, "seed": 3}, ["b", "a"])
@@ -55,8 +80,9 @@ def test_the_users_additional_config_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert arguments["seed"] == 3
 
 
+@pytest.mark.parametrize("is_over", [False, True], ids=["running", "over"])
 def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
-    engines: Engines, tiny_checkpoint: Callable[[str], str]
+    engines: Engines, tiny_checkpoint: Callable[[str], str], is_over: bool
 ) -> None:
     model = engines(
         tiny_checkpoint("llama"),
@@ -73,7 +99,7 @@ def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
                 with tracer.invoke([i + 3, *PROMPT[:60]]):
                     if i % 2:
                         model.model.layers[0].output[0].save()
-                        with tracer.all():
+                        with tracer.iter[0:1] if is_over else tracer.all():
                             model.model.layers[1].output[0][:] += 0.1
                     results.append(tracer.result.save() if not i % 2 else None)
     errors = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else (caught.value,)

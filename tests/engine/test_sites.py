@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 from engine_parity import Engine
 
 from nnsight_vllm.engine import taps
+from nnsight_vllm.engine.modules import unshare
 from nnsight_vllm.engine.sites import Activation, Argument, Direct, Gate, Slot, Stream
 from nnsight_vllm.engine.taps import Tensors
 from nnsight_vllm.errors import EngineSettingError, RefusedError
@@ -45,6 +46,15 @@ def test_a_read_is_a_copy_of_the_requests_rows() -> None:
     assert torch.equal(value, tensors[0][ROWS])
     value.zero_()
     assert not torch.equal(value, tensors[0][ROWS])
+
+
+def test_a_shared_activation_is_another_object_in_every_place_and_the_shared_one_is_left_alone() -> None:
+    shared = torch.nn.ReLU()
+    model = torch.nn.ModuleDict({"a": shared, "b": shared, "own": torch.nn.Tanh()})
+    own = model["own"]
+    unshare(model)
+    assert len({id(shared), id(model["a"]), id(model["b"])}) == 3
+    assert model["own"] is own
 
 
 def test_a_tensor_with_a_batch_of_one_reads_and_writes_without_it() -> None:
@@ -209,7 +219,7 @@ def test_patterns_choose_modules(start: Callable[..., Engine]) -> None:
 
 
 def test_a_pattern_that_matches_no_module_is_refused(start: Callable[..., Engine]) -> None:
-    with pytest.raises(EngineSettingError, match=r"'model\.layer\.\*' matches no module"):
+    with pytest.raises(EngineSettingError, match=r"'model\.layer\.\*' matches no module.*'model\.layers\.0' is one"):
         start(["model.layer.*"])
 
 

@@ -1,0 +1,37 @@
+"""h += c * v; the product rounds to the dtype of v, the sum to the dtype of h."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nnsight_vllm.kernels.launch import Launch, block_size, line_of, load_float, num_blocks, row_start
+
+
+@triton.jit
+def add_kernel(
+    rows: tl.tensor,
+    slots: tl.tensor,
+    vectors: tl.tensor,
+    coefficients: tl.tensor,
+    width: tl.tensor,
+    row_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    line = line_of(slots)
+    if line < 0:
+        return
+    row = row_start(rows, row_stride)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    product = load_float(vectors + line * width, at, width) * tl.load(coefficients + line)
+    rounded = product.to(vectors.dtype.element_ty).to(tl.float32)
+    changed = load_float(row, at, width) + rounded
+    tl.store(row + at, changed.to(rows.dtype.element_ty), mask=at < width)
+
+
+def add(rows: Tensor, slots: Tensor, *, vectors: Tensor, coefficients: Tensor) -> Launch:
+    """`rows` [N, H], `slots` [N], `vectors` [S, H], `coefficients` [S]."""
+    count, width = rows.shape
+    args = (rows, slots, vectors, coefficients, width, rows.stride(0))
+    return Launch(add_kernel, (count, num_blocks(width)), args, {"BLOCK": block_size(width)})
