@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nnsight_vllm.kernels import reference
 from nnsight_vllm.kernels.columns import COLUMNS
-from nnsight_vllm.kernels.lane import Lane
 from nnsight_vllm.kernels.table import DTYPES
 
 if TYPE_CHECKING:
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
 
 Backend = Literal["reference", "triton"]
 VARIABLE = "NNSIGHT_VLLM_KERNELS"
-
-
-def apply(rows: Tensor, lanes: Iterable[Lane], force: Backend | None = None) -> None:
-    """Edit one site's rows [N, H] of a whole step in place, lane after lane."""
-    for lane in lanes:
-        edit(rows, lane.table.operation, lane.slots[: rows.shape[0]], lane.table.columns, force)
 
 
 def edit(

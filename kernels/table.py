@@ -62,6 +62,14 @@ class Table:
         """The lines that the buffers hold."""
         return self._capacity
 
+    def __len__(self) -> int:
+        """Slots in use."""
+        return len(self._keys)
+
+    @property
+    def num_users(self) -> int:
+        return sum(self._users.values())
+
     @property
     def is_filled(self) -> bool:
         """Whether every slot in use has its line in the buffers."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nnsight_vllm.engine import algebra
 from nnsight_vllm.engine.algebra import Uncovered
-from nnsight_vllm.engine.edits import by_kernel
 from nnsight_vllm.engine.group import Group, GroupIterations, GroupLoop
 from nnsight_vllm.engine.interpreter import END, MAX_TRIPS, Interpreter, ModuleCalls
 from nnsight_vllm.engine.lanes import (
@@ -36,11 +35,14 @@ from nnsight_vllm.engine.lanes import (
     stacked,
 )
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
-from nnsight_vllm.engine.places import ADDS, fit, refuse_floats
+from nnsight_vllm.engine.places import fit, refuse_floats
+from nnsight_vllm.engine.tables import Lines
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Dots, List, Log, Op, Read, Ref, Save, Slice, Tuple, Write
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, is_inplace
 from nnsight_vllm.kernels.dispatch import choose
+from nnsight_vllm.kernels.table import DTYPES
+from nnsight_vllm.plan.edits import ADDS, PREFIX
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,
@@ -413,9 +415,11 @@ class GroupInterpreter:
             result = self._change(group, node) if is_inplace(node.name) else self._compute(group, node)
             self._count(group, node.name, True)
             return result
-        except Exception:  # not covered, or some request's value: each by itself, and those that fail say so
+        except Uncovered:
             self._count(group, node.name, False)
-            return self._one_by_one(group, node)
+        except Exception as error:  # some request's value: each by itself, and those that fail say so
+            self._count(group, f"{node.name}: {type(error).__name__}", False)
+        return self._one_by_one(group, node)
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
@@ -515,16 +519,18 @@ class GroupInterpreter:
                 part.add_(value.tensor, alpha=sign)
                 place.put_addend(part)
                 return target
-            held = Held(part, place.ragged)
+            view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
             operation = torch.Tensor.add_ if sign > 0 else torch.Tensor.sub_
-            name = "tensor.add_" if sign > 0 else "tensor.sub_"
-            _in_place(name, operation, View(held, target.pick, target.columns, target.own), args[1:], {})
+            if not _by_table(group, node, view):
+                _in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
             place.put_addend(part)
         else:
             place.change(partial(self._apply, group, node, target, args))
         return target
 
     def _apply(self, group: Group, node: Op, target: Lane, args: list[Lane]) -> None:
+        if _by_table(group, node, target):
+            return
         kwargs = {key: self.lane(group, value) for key, value in node.kwargs.items()}
         if node.name == "py.setitem":
             self._set_part(target, self._key(group, node.args[1]), args[2])
@@ -624,28 +630,56 @@ def _in_place(
     name: str, operation: Callable[..., Any], target: Lane, rest: list[Lane], kwargs: dict[str, Lane]
 ) -> None:
     """Change a lane's tensors in place; rows that were picked are changed as a copy and put back."""
+    _on_part(target, lambda part: algebra.change(name, operation, part, rest, kwargs))
+
+
+def _on_part(target: Lane, change: Callable[[Lane], None]) -> None:
+    """Have `change` change a lane's tensors in place; what isn't a view of its memory is changed as a copy and put back."""
     if not isinstance(target, View):
-        algebra.change(name, operation, target, rest, kwargs)
+        change(target)
         return
     memory = target.memory.tensor
-    is_whole = target.pick is None and not target.columns and target.own is None
-    if is_whole and not kwargs and by_kernel(name, memory, target.memory.ragged, rest):
-        return
     if target.own is not None:
         at = target.elements
         part = target.read()
-        algebra.change(name, operation, part, rest, kwargs)
+        change(part)
         memory[at] = part.tensor
         return
     if target.pick is None:
-        algebra.change(name, operation, target.read(), rest, kwargs)
+        change(target.read())
         return
     rows = target.picked(memory)
     narrowed = target.narrowed(rows)
-    part = Each(narrowed) if target.pick.ragged is None else Rows(narrowed, target.pick.ragged)
-    algebra.change(name, operation, part, rest, kwargs)
+    change(Each(narrowed) if target.pick.ragged is None else Rows(narrowed, target.pick.ragged))
     if not target.pick.is_all:
         memory.index_copy_(0, target.pick.rows.to(memory.device), rows)
+
+
+def _by_table(group: Group, node: Op, target: Lane) -> bool:
+    """Do an edit by the lines that the requests have in tables. False: some have none, or they don't fit the target.
+
+    On a CPU torch's own operations on all rows are faster, and give the same bits; those of `nnsight_vllm.edits` have no
+    other form.
+    """
+    if node.id not in group.program.edits:
+        return False
+    tensor = target.memory.tensor if isinstance(target, View) else getattr(target, "tensor", None)
+    if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
+        return False
+    if isinstance(target, View) and (target.columns or target.own is not None):
+        return False
+    if not node.name.startswith(PREFIX) and choose(tensor.device) == "reference":
+        return False
+    lines = group.lines(node.id)
+    if not lines.fit(tensor.shape[1]):
+        return False
+    _on_part(target, partial(_edit_part, lines))
+    return True
+
+
+def _edit_part(lines: Lines, part: Lane) -> None:
+    assert isinstance(part, Rows | Each)
+    lines.edit(part.tensor, part.ragged.owner if isinstance(part, Rows) else torch.arange(len(part.tensor)))
 
 
 def _fitted(site: str, lane: Lane, rows: Each | Rows, work: Tensor) -> Tensor:

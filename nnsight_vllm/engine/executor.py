@@ -31,7 +31,9 @@ from nnsight_vllm.engine.results import Outbox
 from nnsight_vllm.engine.sheet import GroupSheet
 from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.store import Store
+from nnsight_vllm.engine.tables import Tables
 from nnsight_vllm.engine.taps import Handler, Tensors
+from nnsight_vllm.engine.visits import Visits, due, is_worth_it
 from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
@@ -85,6 +87,8 @@ class Executor:
         self._batching = batching
         self._limits = limits
         self._num_saved = 0  # bytes sent home of the requests that live
+        self._tables = Tables(device)
+        self._visits = Visits()
         self._interpreter = Interpreter(table.orders, table.calls, device)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._alone: dict[str, Request] = {}
@@ -108,8 +112,10 @@ class Executor:
                 gone.add(id)
                 self._alone.pop(id, None)
                 self._num_saved -= request.num_saved
+                self._tables.release(request.slots.values())
         if not gone:
             return
+        self._visits.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
     def fail(self, request_id: str, error: Exception) -> None:
@@ -123,6 +129,8 @@ class Executor:
         """A forward is about to start over these requests' rows."""
         self._step = step
         self._is_at_logits = False
+        with _inference():
+            self._tables.fill()
         ready: list[Unit] = []
         groups, self._groups = self._groups, []
         for group in groups:
@@ -144,12 +152,14 @@ class Executor:
         """The model is at a tap: run whoever waits for a site on it. Never raises."""
         self._active_pop(tap)
         while units := self._waiting.pop(tap, None):
+            visited = self._visit(units, tensors) if self._batching else {}
             for unit in units:
+                leave = partial(self._leave_site, unit, visited[id(unit)]) if id(unit) in visited else None
                 if isinstance(unit, Group):
-                    for part in self._run_group(unit, partial(self._arrive_together, unit, tensors)):
+                    for part in self._run_group(unit, leave or partial(self._arrive_together, unit, tensors)):
                         self._await(part)
                 else:
-                    self._guarded(unit, partial(self._arrive, unit, tensors))
+                    self._run_alone(unit, leave or partial(self._arrive, unit, tensors))
                     self._await(unit)
             self._active_pop(tap)
 
@@ -193,6 +203,9 @@ class Executor:
         members = [member for group in self._groups for member in group.members]
         found += [f"request {r.id} is in a group and unknown" for r in members if r.id not in self.requests]
         found += [f"a site of a group of {len(group)}" for group in self._groups if group.place is not None]
+        num_lines = sum(len(request.slots) for request in self.requests.values())
+        if self._tables.num_users != num_lines:
+            found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
         for id, request in self.requests.items():
             if request.place is not None:
                 found.append(f"a working copy of {request.place.name} of request {id}")
@@ -223,6 +236,9 @@ class Executor:
             known = self.store.get(value.text) if isinstance(value, Digest) else value
             request.parameters[parameter_of(number)] = known
         request.env.update(request.parameters)
+        for node, edit in request.program.edits.items():
+            if (slot := self._tables.acquire(edit, parameters, request.parameters)) is not None:
+                request.slots[node] = slot
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +326,6 @@ class Executor:
         start = index if self._is_at_logits else int(self._step.starts[index])
         stop = index + 1 if self._is_at_logits else int(self._step.starts[index + 1])
         request.place = Place(name, self._table.sites[name], tensors, slice(start, stop))
-        self._interpreter.run(request)
 
     def _arrive_together(self, group: Group, tensors: Tensors) -> None:
         name = group.site
@@ -318,6 +333,45 @@ class Executor:
         group.order = self._table.orders[name]
         layout = group.layout(self._step, self._is_at_logits)
         group.place = GroupPlace(name, self._table.sites[name], tensors, layout, partial(self._grouped.blame, group))
+
+    def _visit(self, units: list[Unit], tensors: Tensors) -> dict[int, BaseException | None]:
+        """Have those that do nothing but edit rows at their site do it together. Returns them by `id`, and what went wrong."""
+        found: dict[int, BaseException | None] = {}
+        if self._step is None or not is_worth_it(units, tensors):
+            return found
+        by_site: dict[str, list[Unit]] = {}
+        for unit in units:
+            name = unit.site if isinstance(unit, Group) else unit.wait.site
+            if name is not None and due(unit, self._table.sites[name]) is not None:
+                by_site.setdefault(name, []).append(unit)
+        for name, together in by_site.items():
+            if is_worth_it(together, tensors):
+                error: BaseException | None = None
+                try:
+                    with _inference():
+                        self._visits.edit(self._table.sites[name], tensors, together, self._step, self._is_at_logits)
+                except BaseException as raised:  # each of them raises it again, where it's that request's own failure
+                    error = raised
+                found.update(dict.fromkeys(map(id, together), error))
+        return found
+
+    def _leave_site(self, unit: Unit, error: BaseException | None) -> None:
+        """The unit did at its site all that it does there."""
+        if error is not None:
+            raise error
+        visit = unit.program.visits[unit.pc]
+        unit.order = self._table.orders[visit.site]
+        unit.pc = visit.stop
+        for id in visit.free:
+            unit.env.pop(id, None)
+        self._grouped.counts.batched += len(visit.edits) * (len(unit) if isinstance(unit, Group) else 1)
+
+    def _run_alone(self, request: Request, arrive: Callable[[], None]) -> None:
+        def run() -> None:
+            arrive()
+            self._interpreter.run(request)
+
+        self._guarded(request, run)
 
     def _run_group(self, group: Group, arrive: Callable[[], None]) -> list[Group]:
         """Nothing that a graph does may leave the op's body; what isn't one request's fault fails the group."""

@@ -31,6 +31,7 @@ from nnsight_vllm.engine.lanes import (
 )
 from nnsight_vllm.engine.requests import START, IterationsFrame, Request, Step, Wait
 from nnsight_vllm.engine.sheet import GroupSheet
+from nnsight_vllm.engine.tables import Lines
 from nnsight_vllm.plan.program import Program
 
 
@@ -82,6 +83,7 @@ class Group:
     sheet: GroupSheet = field(default_factory=lambda: GroupSheet(0))
     is_over: bool = False
     _parameters: dict[int, Lane] = field(default_factory=dict)
+    _lines: dict[int, Lines] = field(default_factory=dict)
     _in_step: tuple[Frame | None, Ints | None] = (None, None)
     _located: tuple[object, Ints] | None = None
     _layouts: dict[bool, tuple[Step, Layout]] = field(default_factory=dict)
@@ -244,6 +246,12 @@ class Group:
             values = [member.parameters[id] for member in self.members]
             self._parameters[id] = self._known(values) or constant_of(values)
         return self._parameters[id]
+
+    def lines(self, node: int) -> Lines:
+        """The members' lines for an edit."""
+        if node not in self._lines:
+            self._lines[node] = Lines.of([member.slots.get(node) for member in self.members])
+        return self._lines[node]
 
     def _known(self, values: list[Any]) -> Lane | None:
         """The same tensors may be several parameters: they are stacked once."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, check_depth, evaluate
-from nnsight_vllm.engine.places import ADDS, Place
+from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Log, Op, Read, Ref, Save, Write
 from nnsight_vllm.graph.ops import RANDOM, is_inplace
+from nnsight_vllm.plan.edits import ADDS
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,

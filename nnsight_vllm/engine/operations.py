@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.nodes import Arg, Dict, Dots, Dtype, List, Ref, Slice, Special, Tuple
 from nnsight_vllm.graph.ops import OPS
+from nnsight_vllm.kernels.single import edit_all
 
 Operation = Callable[..., Any]
 
@@ -73,6 +75,8 @@ def _resolve(name: str) -> Operation:
     space, _, bare = name.partition(".")
     if space == "py":
         return _PY[bare]
+    if space == "edit":
+        return partial(edit_all, bare.removesuffix("_"))
     found = getattr(_SPACES[space], bare)
     return found if callable(found) else _property(bare)
 

@@ -17,9 +17,6 @@ from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.taps import Tensors
 from nnsight_vllm.errors import InterventionError
 
-ADDS = {"py.iadd": 1, "tensor.add_": 1, "py.isub": -1, "tensor.sub_": -1}
-"""In-place operations that may go to a site's addend, and the sign of what they add."""
-
 
 class Place:
     """One request at one site in one iteration. `work`: the working copy, [rows, ...], contiguous.

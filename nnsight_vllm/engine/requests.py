@@ -11,6 +11,7 @@ from typing import Any
 from nnsight_vllm.engine.lanes import Ints
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.results import Outbox, describe
+from nnsight_vllm.engine.tables import Lines, Slot
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.plan.program import Program
@@ -92,8 +93,8 @@ Frame = LoopFrame | IterationsFrame
 class Request:
     """`pc`: the next instruction. `order`: how far the program is in this iteration.
 
-    `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives. While the
-    request is in a group, the group has its place in the program and its values.
+    `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives, as it does the
+    `slots` of its edits, by node. While the request is in a group, the group has its place in the program and its values.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Request:
     node: int | None = None
     env: dict[int, Any] = field(default_factory=dict)
     parameters: dict[int, Any] = field(default_factory=dict)
+    slots: dict[int, Slot] = field(default_factory=dict)
     frames: list[Frame] = field(default_factory=list)
     wait: Wait = Wait(None, 0)
     iteration: int = START
@@ -138,6 +140,10 @@ class Request:
         if self.place is None or self.place.name != site:
             raise OutOfOrderError(f"{site} can't be changed any more: the program has left it")
         return self.place
+
+    def lines(self, node: int) -> Lines:
+        """Its line for an edit."""
+        return Lines.of([self.slots.get(node)])
 
     def draw_seed(self) -> int:
         """A seed for the next random operation, the same alone and in any batch."""

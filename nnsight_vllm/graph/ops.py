@@ -2,7 +2,8 @@
 
 Names are namespaced by where the operation comes from, so that a name has one meaning: `tensor.` a method of
 `torch.Tensor`, `torch.` a function of `torch`, `nn.` of `torch.nn.functional`, `linalg.` and `special.` of those
-modules, `py.` Python's own operators and containers, written out in the executor. What isn't listed doesn't exist:
+modules, `py.` Python's own operators and containers, written out in the executor, `edit.` the edits of `nnsight_vllm.edits`.
+What isn't listed doesn't exist:
 no operation reads memory it didn't write (`empty`), leaves the tensor world (`numpy`, `data_ptr`) or touches files.
 """
 
@@ -84,6 +85,8 @@ list dict tuple int float str bool append extend insert pop update keys values i
 ndim dtype attr
 """
 
+_EDIT = "project_out_ clamp_ norm_matched_add_ low_rank_ sae_clamp_"
+
 # Methods whose name ends in an underscore, in-place operators, and these change their first argument.
 _CONTAINER_WRITES = frozenset("py." + name for name in ["append", "extend", "insert", "pop", "update"])
 
@@ -132,6 +135,7 @@ OPS: frozenset[str] = (
     | _names("linalg", _LINALG)
     | _names("special", _SPECIAL)
     | _names("py", _PY)
+    | _names("edit", _EDIT)
 )
 
 

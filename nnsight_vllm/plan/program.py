@@ -32,6 +32,7 @@ from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
 from nnsight_vllm.graph.walk import nodes_of
 from nnsight_vllm.graph.wire import decode, digest, encode
 from nnsight_vllm.plan import effects
+from nnsight_vllm.plan.edits import Edit, Visit, find_edits, find_visits
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,
@@ -48,6 +49,7 @@ from nnsight_vllm.plan.instructions import (
     Run,
 )
 from nnsight_vllm.plan.liveness import Liveness
+from nnsight_vllm.plan.rows import is_fresh
 from nnsight_vllm.plan.template import Parameter, split
 
 SAMPLES = "samples.output"
@@ -61,6 +63,8 @@ _READERS = frozenset(
 class Program:
     """A graph's structure, ready to run. A negative id is a parameter of the request, constants included.
 
+    `edits`: nodes that a table's kernel can do. `visits`: by their place in the code, sites where it does nothing but those.
+
     `copied` are the `const` nodes whose tensor some in-place operation might reach: they get a copy, the store is
     everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
     sent home, by the name they are saved under. `changes_values`: something is changed in place that isn't a site.
@@ -69,6 +73,8 @@ class Program:
     """
 
     code: tuple[Instruction, ...]
+    edits: Mapping[int, Edit] = field(default_factory=dict)
+    visits: Mapping[int, Visit] = field(default_factory=dict)
     copied: frozenset[int] = frozenset()
     writes_samples: bool = False
     streams: Mapping[int, str] = field(default_factory=dict)
@@ -85,9 +91,13 @@ def compile_graph(graph: Graph) -> Program:
     nodes = list(nodes_of(graph.body))
     changes_values = bool(effects.changed(nodes))
     may_part = any(isinstance(node, Cond | Loop) for node in nodes)
+    code, copied = _Compiler(graph).run(), _copied(nodes)
+    edits = find_edits(code, copied)
     return Program(
-        code=_Compiler(graph).run(),
-        copied=_copied(nodes),
+        code=code,
+        edits=edits,
+        visits=find_visits(code, edits),
+        copied=copied,
         writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
         streams=effects.streams(graph),
         changes_values=changes_values,
@@ -265,6 +275,8 @@ def _changes(node: Op) -> bool:
 def _aliased(node: Node) -> list[Arg]:
     """Arguments that a node may hand on as they are, or change."""
     match node:
+        case Op() if is_fresh(node.name) and not _changes(node):
+            return [*node.kwargs.values()]
         case Op():
             is_reader = not _changes(node) and node.name.partition(".")[0] != "py"
             first = node.args[:1] if is_reader or node.name in _READERS or is_inplace(node.name) else node.args

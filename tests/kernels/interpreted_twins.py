@@ -25,8 +25,7 @@ from row_edits import (
 from torch import Tensor
 
 from nnsight_vllm.kernels.columns import COLUMNS
-from nnsight_vllm.kernels.dispatch import apply, edit
-from nnsight_vllm.kernels.lane import Lane
+from nnsight_vllm.kernels.dispatch import edit
 from nnsight_vllm.kernels.table import Table
 
 assert triton.knobs.runtime.interpret, "expected TRITON_INTERPRET=1 in the environment"
@@ -147,19 +146,18 @@ def test_a_row_has_the_same_bits_alone(operation: str) -> None:
         assert same_bits(alone[0], together[row])
 
 
-def test_lanes_run_in_order_as_in_the_reference() -> None:
-    rows, lanes = random_rows(8, 40, torch.bfloat16), []
+def test_edits_of_tables_run_in_order_as_in_the_reference() -> None:
+    rows = random_rows(8, 40, torch.bfloat16)
+    expected, actual = rows.clone(), rows.clone()
     for seed, operation in enumerate(["scale", "add", "replace", "add", "scale", "ablate", "add"]):
         table = Table(operation, 40, torch.bfloat16)
         columns = random_columns(operation, 2, 40, torch.bfloat16, seed)
         for number in range(2):
             table.acquire(number, {name: c[number] if c.ndim > 1 else float(c[number]) for name, c in columns.items()})
         table.fill()
-        lanes.append(Lane(table, 16))
-        lanes[-1].place([(slice(seed, seed + 2), 0), (slice(0, seed), 1)] if seed < 6 else [(slice(5, 6), 1)])
-    expected, actual = rows.clone(), rows.clone()
-    apply(expected, lanes, force="reference")
-    apply(actual, lanes, force="triton")
+        slots = torch.tensor([1] * seed + [0, 0] + [-1] * 8, dtype=torch.int32)[:8]
+        edit(expected, operation, slots, table.columns, force="reference")
+        edit(actual, operation, slots, table.columns, force="triton")
     assert same_bits(actual, expected)
     assert not same_bits(actual, rows)
 

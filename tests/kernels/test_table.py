@@ -1,4 +1,4 @@
-"""Slots by content, counted users, growth, and the rows of a step."""
+"""Slots by content, counted users, and growth."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from row_edits import RANK, random_columns, random_rows, same_bits
+from row_edits import RANK, random_columns
 from torch import Tensor
 
 from nnsight_vllm.kernels.columns import COLUMNS, needs_rank
-from nnsight_vllm.kernels.dispatch import apply
-from nnsight_vllm.kernels.lane import Lane
 from nnsight_vllm.kernels.table import Table
 
 WIDTH = 5
@@ -129,60 +127,6 @@ def test_what_cannot_be_a_table_is_refused() -> None:
         Table("add", WIDTH, torch.float32, capacity=0)
     with pytest.raises(ValueError, match=r"slot 0 .* is free"):
         _table().release(0)
-
-
-def test_a_lane_edits_the_rows_of_this_step_only() -> None:
-    table = _table()
-    one, two = table.acquire(1, _line(1)), table.acquire(2, _line(2))
-    table.fill()
-    lane = Lane(table, max_rows=8)
-    address = lane.slots.data_ptr()
-    lane.place([(slice(5, 7), two), (slice(0, 2), one), (slice(3, 3), one)])
-    assert lane.slots.tolist() == [one, one, -1, -1, -1, two, two, -1]
-    lane.place([(slice(1, 2), two)])
-    assert lane.slots.tolist() == [-1, two, -1, -1, -1, -1, -1, -1]
-    assert not lane.is_idle
-    lane.place([])
-    assert lane.slots.tolist() == [-1] * 8
-    assert lane.is_idle
-    assert lane.slots.data_ptr() == address
-
-
-def test_a_lane_refuses_what_would_edit_wrongly() -> None:
-    table = _table()
-    slot = table.acquire("a", _line(1))
-    lane = Lane(table, max_rows=4)
-    with pytest.raises(ValueError, match="in use and filled"):
-        lane.place([(slice(0, 1), slot)])
-    table.fill()
-    with pytest.raises(ValueError, match="don't overlap"):
-        lane.place([(slice(0, 2), slot), (slice(1, 3), slot)])
-    with pytest.raises(ValueError, match="below 4"):
-        lane.place([(slice(3, 5), slot)])
-    table.release(slot)
-    with pytest.raises(ValueError, match="in use and filled"):
-        lane.place([(slice(0, 1), slot)])
-
-
-def test_lanes_run_in_order_each_with_its_own_strength() -> None:
-    rows = random_rows(4, WIDTH, torch.float32)
-    adds, scales = Table("add", WIDTH, torch.float32), Table("scale", WIDTH, torch.float32)
-    vector = torch.arange(5.0)
-    once, thrice = (adds.acquire(c, {"vectors": vector, "coefficients": c}) for c in (1.0, 3.0))
-    double = scales.acquire(2.0, {"coefficients": 2.0})
-    adds.fill()
-    scales.fill()
-    lanes = [Lane(adds, 8), Lane(scales, 8), Lane(adds, 8)]
-    lanes[0].place([(slice(0, 2), once)])
-    lanes[1].place([(slice(1, 3), double)])
-    lanes[2].place([(slice(1, 2), thrice)])
-    actual = rows.clone()
-    apply(actual, lanes)
-    expected = rows.clone()
-    expected[0] = rows[0] + vector
-    expected[1] = (rows[1] + vector) * 2 + 3 * vector
-    expected[2] = rows[2] * 2
-    assert same_bits(actual, expected)
 
 
 class TableLife(RuleBasedStateMachine):

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 PROGRAM = """
 import json, sys
 import torch
 import nnsight_vllm as nv
+from nnsight_vllm import edits
 
 def main():
     states, results = [], []
@@ -32,6 +34,8 @@ def main():
                         model.model.layers[1].mlp.output[:] = vector
                         stream = model.model.layers[1].output[0]
                         stream[:] -= vector
+                        edits.project_out(stream, vector)
+                        edits.clamp(stream, vectors[0], low=-1.0, high=1.0 + i)
                         saved.append(stream[-1])
                     states.append(saved)
                     results.append(tracer.result.save())
@@ -48,6 +52,8 @@ if __name__ == "__main__":
 def test_an_engine_gives_the_same_by_the_kernels(tiny_checkpoint: Callable[[str], str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     reference, triton = (_run(tmp_path, tiny_checkpoint("llama"), backend) for backend in ("reference", "triton"))
+    states = [torch.tensor(run.pop("states")) for run in (reference, triton)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)  # dot products add up in another order
     assert triton == reference
     assert triton["batched"] and not triton["one_by_one"]
 
