@@ -481,7 +481,8 @@ class GroupInterpreter:
 
     def _change(self, group: Group, node: Op) -> Lane:
         """In place: on the site where the program stands, or on a value of the group's own."""
-        args = [self.lane(group, arg) for arg in node.args]
+        is_item = node.name == "py.setitem"  # its key is looked at by itself
+        args = [Shared(None) if is_item and i == 1 else self.lane(group, arg) for i, arg in enumerate(node.args)]
         target = args[0]
         place = group.place
         is_site = place is not None and isinstance(target, View) and target.memory is place.current

@@ -25,6 +25,7 @@ class Samples:
     info: SiteInfo
     vocab_size: int
     tap: int = SAMPLES_TAP
+    compares: bool = True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return tensors[0][rows, 0].long()

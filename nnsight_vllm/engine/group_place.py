@@ -102,11 +102,11 @@ class GroupPlace:
     def change(self, operation: Callable[[], None]) -> None:
         """Run an operation that changes the working copy in place, and write the change back. If it raises, nothing changed."""
         work = self.current.tensor
-        old = work.clone()
+        old = work.clone() if self._site.compares else work
         try:
             operation()
         except Exception:
-            work.copy_(old)
+            work.copy_(old if self._site.compares else self._read())
             raise
         self._write(old, work)
 

@@ -43,7 +43,7 @@ class Place:
 
     def change(self, operation: Callable[[], Any]) -> Any:
         """Run an operation that changes the working copy in place, and write the change back."""
-        old = self.work.clone()
+        old = self.work.clone() if self._site.compares else self.work
         result = operation()
         self._site.write(self._tensors, self._rows, old, self.work)
         return result

@@ -29,10 +29,16 @@ class Refresh(Protocol):
 
 
 class Site(Protocol):
-    """One place where a graph can touch the model. `tap` is the tap it lives on."""
+    """One place where a graph can touch the model. `tap` is the tap it lives on.
+
+    Unless it `compares`, a write takes `new` as it is and doesn't look at `old`, and a read gives what was written last.
+    """
 
     info: SiteInfo
     tap: int
+
+    @property
+    def compares(self) -> bool: ...
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor: ...
 
@@ -78,6 +84,10 @@ class Direct:
     slot: Slot
     refresh: Refresh | None = None
 
+    @property
+    def compares(self) -> bool:
+        return self.refresh is not None
+
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return _copy(self.slot.live(tensors, rows))
 
@@ -102,6 +112,10 @@ class Stream:
     tap: int
     hidden: Slot
     residual: Slot
+
+    @property
+    def compares(self) -> bool:
+        return True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return self.hidden.live(tensors, rows) + self.residual.live(tensors, rows)
@@ -130,6 +144,10 @@ class Argument:
     output: Slot
     apply: Apply
     refresh: Refresh | None = None
+
+    @property
+    def compares(self) -> bool:
+        return True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         value = _copy(self.slot.live(tensors, rows))
@@ -187,6 +205,10 @@ class Activation:
     info: SiteInfo
     tap: int
     gate: Gate
+
+    @property
+    def compares(self) -> bool:
+        return True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return _copy(self.gate.activated(tensors, rows))

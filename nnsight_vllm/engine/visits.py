@@ -64,7 +64,7 @@ class Visits:
                 _edit(addend, lane)
             else:
                 old = site.read(tensors, laid.cover)
-                new = old.clone()
+                new = old.clone() if site.compares else old
                 _edit(new, lane)
                 site.write(tensors, laid.cover, old, new)
 
