@@ -1,7 +1,7 @@
 """How does the cost grow with the number of requests, and with the number of different structures among them?
 
 Two questions of one kind. `batch`: 1 to 256 requests that all edit, or all save. `structures`: 256 requests that hold 1, 8, 32
-or 256 different structures of eight operations each. Ratios are against stock vLLM on the same prompts.
+or 256 different structures of eight operations each. Ratios are against stock vLLM on the same prompts; 32 and 16 tokens each.
 
     python benchmarks/growth.py [--case batch] [--rounds 5]
 """
@@ -17,10 +17,11 @@ from throughput import row_of, task_of, vocab_of
 
 NUM_ROUNDS = 5
 MAX_REQUESTS = 256
-BATCHES = (1, 4, 16, 64, MAX_REQUESTS)
+BATCHES = (1, 8, 32, MAX_REQUESTS)
+BATCH_TOKENS = 32
 BATCH_CASES = ("add_30", "save_30")
 STRUCTURES = (1, 8, 32, 256)
-STRUCTURE_TOKENS = 32
+STRUCTURE_TOKENS = 16
 
 
 def tasks(names: list[str], num_rounds: int) -> list[Task]:
@@ -29,7 +30,7 @@ def tasks(names: list[str], num_rounds: int) -> list[Task]:
     found = []
     if "batch" in names:
         found += [
-            replace(task_of(by_name[name], num_rounds, count), name=f"{name}, {count} requests")
+            replace(task_of(by_name[name], num_rounds, count, BATCH_TOKENS), name=f"{name}, {count} requests")
             for name in BATCH_CASES
             for count in BATCHES
         ]

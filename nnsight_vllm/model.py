@@ -77,9 +77,16 @@ class VLLM(Envoy):
         """Record interventions in a `with` block, and run them when it ends.
 
         With a prompt the trace is one request; without, each `tracer.invoke(prompt)` is one, and the engine batches
-        them. `arguments` are vLLM's sampling parameters.
+        them. `arguments` are vLLM's sampling parameters. `scan` and `validate` are accepted and change nothing: every
+        operation is tried on tensors without data while it is recorded.
         """
+        for name in ("scan", "validate"):
+            arguments.pop(name, None)
         return Tracer(self._engine, inputs, arguments)
+
+    def scan(self, *inputs: object, **arguments: object) -> Tracer:
+        """`trace` without the run: shapes and types are known, errors are raised, nothing has a value."""
+        return Tracer(self._engine, inputs, arguments, runs=False)
 
     def generate(self, *inputs: object, **arguments: object) -> Tracer:
         """`trace` by its other name; `max_new_tokens` is `max_tokens`."""

@@ -95,6 +95,9 @@ class FakeModel(Envoy):
     def trace(self, *inputs: object, **arguments: object) -> Tracer:
         return Tracer(self.__dict__["backend"], inputs, arguments)
 
+    def scan(self, *inputs: object, **arguments: object) -> Tracer:
+        return Tracer(self.__dict__["backend"], inputs, arguments, runs=False)
+
     @property
     def printed(self) -> str:
         backend: FakeBackend = self.__dict__["backend"]

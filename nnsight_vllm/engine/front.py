@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import msgspec
 from nnsight_vllm.engine import refusal
 from nnsight_vllm.engine.collect import Collected, Collector
 from nnsight_vllm.engine.prompts import make_prompt
+from nnsight_vllm.engine.salts import caching_by, salt_of
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
@@ -23,6 +23,7 @@ from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
+from nnsight_vllm.plan.caching import Caching
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
@@ -58,6 +59,7 @@ class Engine:
             self.llm: Any = _start(LLM, model, engine_arguments(arguments, sites, file, ours))
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
+        self._caching = caching_by(self.tree.catalogue)
         self.collector = Collector(self.llm)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
@@ -113,7 +115,7 @@ class Engine:
         with self._lock:
             self.tensors.acquire(digests, tensors)
             try:
-                outputs = self._generate(requests)
+                outputs = self._generate(requests, tensors)
             finally:
                 self.tensors.release(digests)
             asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
@@ -155,9 +157,12 @@ class Engine:
     def _states(self) -> dict[str, Any]:
         return dict(self.llm.llm_engine.output_processor.request_states)
 
-    def _generate(self, requests: list[Request]) -> list[Any]:
-        prompts = [self._prompt(request) for request in requests]
-        params = [self._params(request) for request in requests]
+    def _generate(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Any]:
+        prompts, params = [], []
+        for request in requests:
+            caching = None if request.graph is None else self._caching(request.graph, tensors)
+            prompts.append(_prompt(request, caching))
+            params.append(_params(request, caching))
         try:
             with self.collector.collecting():
                 return list(self.llm.generate(prompts, params, use_tqdm=False))
@@ -173,21 +178,6 @@ class Engine:
         if names:
             self.llm.llm_engine.abort_request(names, internal=True)
         self.collector.clear()
-
-    @staticmethod
-    def _prompt(request: Request) -> Any:
-        if request.graph is None:
-            return request.prompt.engine
-        # Edited state must not be found by others: a salt that nobody else has.
-        return {**request.prompt.engine, "cache_salt": f"{FIELD}:{uuid.uuid4().hex}"}
-
-    @staticmethod
-    def _params(request: Request) -> Any:
-        params = request.sampling.clone()
-        if request.graph is not None:
-            params.extra_args = {**(params.extra_args or {}), FIELD: request.graph}
-            params.skip_reading_prefix_cache = True  # the samples of one request share its salt
-        return params
 
     def _outcome(self, output: Any) -> Outcome:
         collected = self.collector.take(output.request_id, len(output.outputs))
@@ -205,6 +195,23 @@ class Engine:
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
+
+
+def _prompt(request: Request, caching: Caching | None) -> Any:
+    prompt = request.prompt.engine
+    if request.graph is None or caching is None:
+        return prompt
+    salt = salt_of(caching.salt, request.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
+    return prompt if salt is None else {**prompt, "cache_salt": salt}
+
+
+def _params(request: Request, caching: Caching | None) -> Any:
+    params = request.sampling.clone()
+    if request.graph is not None and caching is not None:
+        params.extra_args = {**(params.extra_args or {}), FIELD: request.graph}
+        if not caching.reads:
+            params.skip_reading_prefix_cache = True
+    return params
 
 
 def _start(kind: Any, model: str, arguments: dict[str, object]) -> Any:

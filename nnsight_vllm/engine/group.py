@@ -218,8 +218,9 @@ class Group:
         at = self.locate(step)
         positions, counts = step.positions[at], step.starts[at + 1] - step.starts[at]
         is_prompt = self.iteration == START
-        expected = np.where(is_prompt, 0, self.prompt + self.iteration)
-        wrong = (positions != expected) | (counts != np.where(is_prompt, self.prompt, 1))
+        whole = positions + counts == self.prompt
+        following = (positions == self.prompt + self.iteration) & (counts == 1)
+        wrong = ~np.where(is_prompt, whole, following)
         return [int(i) for i in np.flatnonzero(wrong)]
 
     def mark_in_step(self) -> None:

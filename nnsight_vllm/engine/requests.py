@@ -130,9 +130,12 @@ class Request:
         raise InterventionError("a site without an iteration outside of an iterations block")
 
     def expects(self, position: int, count: int) -> bool:
-        """Whether the step computes just what comes next: the whole prompt, or the one next position."""
+        """Whether the step computes just what comes next: the prompt to its end, or the one next position.
+
+        The prompt's beginning may have been found in the prefix cache; a request that looks at it doesn't ask there.
+        """
         if self.iteration == START:
-            return position == 0 and count == self.prompt_length
+            return position + count == self.prompt_length
         return count == 1 and position == self.prompt_length + self.iteration
 
     def place_at(self, site: str) -> Place:

@@ -99,10 +99,16 @@ class Invoke(Recording):
 
 
 class Tracer(Recording):
-    """The context of a trace. With a prompt it is one request; without, each `invoke` inside is one."""
+    """The context of a trace. With a prompt it is one request; without, each `invoke` inside is one.
 
-    def __init__(self, backend: Backend, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
+    Unless it `runs`, it is recorded and checked, and that is all.
+    """
+
+    def __init__(
+        self, backend: Backend, inputs: tuple[object, ...], arguments: dict[str, object], runs: bool = True
+    ) -> None:
         self.backend = backend
+        self._runs = runs
         self.constants = Constants()
         self.invokes: list[Invoke] = []
         self.recorders: list[Recorder] = []
@@ -134,7 +140,7 @@ class Tracer(Recording):
             return self._close(kind)
         finally:
             for recorder in self.recorders:
-                if recorder.state != "done":
+                if recorder.state != "done" and (self._runs or kind is not None):
                     recorder.state = "failed"
 
     def _close(self, kind: type[BaseException] | None) -> bool:
@@ -145,7 +151,8 @@ class Tracer(Recording):
                 self._only.finish()
         finally:
             self._pop()
-        self._run()
+        if self._runs:
+            self._run()
         return True
 
     def _pop(self) -> None:

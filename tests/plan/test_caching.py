@@ -1,0 +1,220 @@
+"""What the prefix cache may share of graphs, as recorded from what users write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fake_model import HIDDEN, FakeModel, catalogue
+
+import nnsight_vllm as nv
+from nnsight_vllm import edits
+from nnsight_vllm.engine.salts import caching_by, salt_of
+from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Read, Ref
+from nnsight_vllm.graph.wire import encode
+from nnsight_vllm.plan.caching import Salt
+
+V, W, M = torch.ones(HIDDEN), torch.arange(float(HIDDEN)), torch.eye(HIDDEN)
+
+
+def found(program: Callable[[FakeModel, Any], object]) -> tuple[Salt, bool]:
+    model = FakeModel()
+    with model.trace("a b c d", max_tokens=4) as tracer:
+        program(model, tracer)
+    (request,) = model.__dict__["backend"].requests
+    assert request.graph is not None
+    caching = caching_by(catalogue())(request.graph, tracer.constants.data)
+    return caching.salt, caching.reads
+
+
+def every(program: Callable[[Any, FakeModel], object], save: bool = False) -> Callable[[FakeModel, Any], object]:
+    def run(model: FakeModel, tracer: Any) -> None:
+        with tracer.all():
+            h = model.model.layers[0].output[0]
+            program(h, model)
+            if save:
+                h.save()
+
+    return run
+
+
+def _iadd(h: Any, value: Any) -> None:
+    h += value
+
+
+def _imul(h: Any, value: Any) -> None:
+    h *= value
+
+
+def _onto_logits(value: Any, model: FakeModel) -> None:
+    _iadd(model.logits.output, value)
+
+
+NOTHING_CHANGED = {
+    "logits saved": (lambda m, t: m.logits.output.save(), True),
+    "logits edited": (lambda m, t: _iadd(m.logits.output, 1.0), True),
+    "samples edited": (lambda m, t: m.samples.output.__setitem__(0, 5), True),
+    "the last row saved": (lambda m, t: m.model.layers[0].output[0][-1].save(), True),
+    "the last row computed with": (
+        lambda m, t: (m.model.layers[0].output[0][-1] @ V).relu().save(),
+        True,
+    ),
+    "the lens of the last row": (
+        lambda m, t: m.lm_head(m.model.norm(m.model.layers[0].output[0][-1])).argmax().save(),
+        True,
+    ),
+    "all rows saved": (lambda m, t: m.model.layers[0].output[0].save(), False),
+    "a row saved": (lambda m, t: m.model.layers[0].output[0][2].save(), False),
+    "rows saved after the last": (lambda m, t: m.model.layers[0].output[0][1:].save(), False),
+    "a mean saved": (lambda m, t: m.model.layers[0].output[0].mean(0).save(), False),
+    "the number of rows logged": (lambda m, t: t.log(m.model.layers[0].output[0].sum()), False),
+    "a list of rows": (lambda m, t: nv.list(m.model.layers[0].output[0]).save(), False),
+    "logits by rows": (lambda m, t: _onto_logits(m.model.layers[0].output[0].sum(), m), False),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOTHING_CHANGED))
+def test_graphs_that_change_no_rows_share_plain_blocks(name: str) -> None:
+    program, reads = NOTHING_CHANGED[name]
+    assert found(program) == (Salt.NONE, reads)
+
+
+def test_what_later_iterations_look_at_is_never_in_the_cache() -> None:
+    def program(model: FakeModel, tracer: Any) -> None:
+        with tracer.iter[1:]:
+            model.model.layers[0].output[0].mean(0).save()
+
+    assert found(program) == (Salt.NONE, True)
+
+
+EVERY_ROW = {
+    "add": lambda h, m: _iadd(h, V),
+    "add to all": lambda h, m: _iadd(h[:], V),
+    "scale": lambda h, m: _imul(h, 2.0),
+    "zero": lambda h, m: h.__setitem__(slice(None), 0),
+    "a matrix": lambda h, m: _iadd(h, h @ M),
+    "projected": lambda h, m: _iadd(h, -(h @ V)[:, None] * V),
+    "gated": lambda h, m: _iadd(h, ((h @ V) > 0.5)[:, None] * W),
+    "normed": lambda h, m: _imul(h, 1 / h.norm(dim=-1, keepdim=True)),
+    "softmax": lambda h, m: _iadd(h, h.softmax(dim=-1)),
+    "columns": lambda h, m: h.__setitem__((slice(None), 2), 0.0),
+    "some columns": lambda h, m: _iadd(h[:, 1:3], 1.0),
+    "assigned": lambda h, m: setattr(m.model.layers[1].mlp, "output", m.model.layers[1].mlp.output * W),
+    "an edit": lambda h, m: edits.clamp(h, V, low=-1.0),
+    "low rank": lambda h, m: edits.low_rank(h, M[:2], M[:, :2]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_ROW))
+def test_edits_of_each_row_by_itself_are_shared_by_graph(name: str) -> None:
+    assert found(every(EVERY_ROW[name])) == (Salt.GRAPH, True)
+    assert found(every(EVERY_ROW[name], save=True)) == (Salt.GRAPH, False)
+
+
+BY_LENGTH = {
+    "the last row": every(lambda h, m: _iadd(h[-1], V)),
+    "the last row set": every(lambda h, m: h.__setitem__(-1, V)),
+    "the last row by itself": every(lambda h, m: _imul(h[-1], h[-1])),
+    "the prompt only": lambda m, t: _iadd(m.model.layers[0].output[0], V),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BY_LENGTH))
+def test_what_depends_on_where_the_prompt_ends_is_shared_by_length(name: str) -> None:
+    assert found(BY_LENGTH[name]) == (Salt.LENGTH, True)
+
+
+def test_later_iterations_alone_are_shared_by_length() -> None:
+    def program(model: FakeModel, tracer: Any) -> None:
+        with tracer.iter[1:]:
+            h = model.model.layers[0].output[0]
+            h += h.mean()
+
+    assert found(program) == (Salt.LENGTH, True)
+
+
+BY_PROMPT = {
+    "a mean over rows": lambda h, m: _iadd(h, h.mean(0)),
+    "a mean of all": lambda h, m: _iadd(h, h.mean()),
+    "a norm of rows": lambda h, m: _iadd(h, h.norm(dim=-1).sum(dim=-1)),
+    "one row onto all": lambda h, m: _iadd(h, h[-1]),
+    "a slice": lambda h, m: _iadd(h[1:], V),
+    "a matrix of rows": lambda h, m: _iadd(h, torch.ones(4, HIDDEN)[:1]),
+    "a cumulated sum": lambda h, m: _iadd(h, h.cumsum(0)),
+    "rows by rows": lambda h, m: _iadd(h, (h @ h.T)[:, :1]),
+    "flipped": lambda h, m: h.__setitem__(slice(None), h.flip(0)),
+    "a module": lambda h, m: _iadd(h, m.model.norm(h)),
+    "an own value": lambda h, m: _iadd(h, _private(h)),
+}
+
+
+def _spread(h: Any) -> None:
+    h += h.mean(0)
+
+
+def _private(h: Any) -> Any:
+    own = h.clone()
+    own += V
+    return own
+
+
+@pytest.mark.parametrize("name", sorted(BY_PROMPT))
+def test_what_depends_on_other_rows_is_shared_by_prompt(name: str) -> None:
+    assert found(every(BY_PROMPT[name])) == (Salt.PROMPT, False)
+
+
+def test_branches_and_values_of_other_sites_and_iterations() -> None:
+    def branch(model: FakeModel, tracer: Any) -> None:
+        h = model.model.layers[0].output[0]
+        with tracer.cond(h[-1].sum() > 0):
+            h += V
+
+    def carried(model: FakeModel, tracer: Any) -> None:
+        first = model.model.layers[0].output[0][-1].clone()
+        with tracer.iter[1:]:
+            h = model.model.layers[1].output[0]
+            h += first
+
+    def rows_later(model: FakeModel, tracer: Any) -> None:
+        rows = model.model.layers[0].output[0].clone()
+        with tracer.iter[1:]:
+            h = model.model.layers[1].output[0]
+            h += rows[0]
+
+    def other_site(model: FakeModel, tracer: Any) -> None:
+        with tracer.all():
+            h = model.model.layers[0].output[0].clone()
+            other = model.model.layers[1].output[0]
+            other += h
+
+    assert found(branch) == (Salt.PROMPT, False)
+    assert found(lambda m, t: _iadd(m.model.layers[0].output[0][2], V)) == (Salt.PROMPT, False)
+    assert found(lambda m, t: _spread(m.model.layers[0].output[0])) == (Salt.PROMPT, False)
+    assert found(carried) == (Salt.LENGTH, True)
+    assert found(rows_later) == (Salt.LENGTH, False)
+    assert found(other_site) == (Salt.GRAPH, True)
+
+
+def test_random_edits_are_nobodys() -> None:
+    assert found(every(lambda h, m: _iadd(h, torch.randn_like(h)))) == (Salt.UNIQUE, False)
+
+
+def test_a_view_that_the_recorder_did_not_see_counts_as_a_change() -> None:
+    nodes = [Read(3, "model.layers.0.output", None), Op(4, "tensor.t", [Ref(3)]), Op(5, "tensor.zero_", [Ref(4)])]
+    graph = Graph(Block([Iterations(1, 0, None, 1, 2, Block(nodes))]))  # type: ignore[arg-type]
+    assert caching_by(catalogue())(encode(graph), {}).salt is Salt.PROMPT
+
+
+def test_salts_hold_what_they_say() -> None:
+    def salt(kind: Salt, graph: bytes = b"g", prompt: tuple[int, ...] = (1, 2), own: str | None = None) -> str | None:
+        return salt_of(kind, graph, prompt, own)
+
+    assert salt(Salt.NONE) is None and salt(Salt.NONE, own="mine") == "mine"
+    assert salt(Salt.GRAPH) == salt(Salt.GRAPH, prompt=(1, 2, 3)) != salt(Salt.GRAPH, graph=b"h")
+    assert salt(Salt.GRAPH) != salt(Salt.GRAPH, own="mine")
+    assert salt(Salt.LENGTH) == salt(Salt.LENGTH, prompt=(3, 4)) != salt(Salt.LENGTH, prompt=(1, 2, 3))
+    assert salt(Salt.PROMPT) == salt(Salt.PROMPT) != salt(Salt.PROMPT, prompt=(3, 4))
+    assert salt(Salt.UNIQUE) != salt(Salt.UNIQUE)
+    assert len({salt(kind) for kind in Salt}) == len(Salt)
