@@ -1,6 +1,6 @@
 """How does the cost grow with the number of requests, and with the number of different structures among them?
 
-Two questions of one kind. `batch`: 1 to 256 requests that all edit, or all save. `structures`: 256 requests that hold 1, 8, 32
+Two questions of one kind. `batch`: 1 to 256 requests that all edit. `structures`: 256 requests that hold 1, 8, 32
 or 256 different structures of eight operations each. Ratios are against stock vLLM on the same prompts; 32 and 16 tokens each.
 
     python benchmarks/growth.py [--case batch] [--rounds 5]
@@ -19,7 +19,7 @@ NUM_ROUNDS = 5
 MAX_REQUESTS = 256
 BATCHES = (1, 8, 32, MAX_REQUESTS)
 BATCH_TOKENS = 32
-BATCH_CASES = ("add_30", "save_30")
+BATCH_CASES = ("add_30",)
 STRUCTURES = (1, 8, 32, 256)
 STRUCTURE_TOKENS = 16
 
