@@ -16,6 +16,7 @@ from nnsight_vllm.plan.edits import Edit
 from nnsight_vllm.plan.template import Digest, Parameter, parameter_of
 
 MAX_LINE = 4 << 20  # bytes; a larger edit runs without a table
+MAX_TABLE = 256 << 20  # bytes of lines in use; what comes after that runs without one
 
 
 ANY, NO_WIDTH = -1, -2
@@ -86,8 +87,10 @@ class Tables:
         sizes = _sizes(wanted.operation, line)
         if sizes is None:
             return None
-        width, rank, dtype = sizes
+        width, rank, dtype, size = sizes
         table = self._table(wanted.operation, width, rank, dtype)
+        if len(table) * size >= MAX_TABLE:
+            return None
         parts = [None if id is None else _name(parameters[parameter_of(id)]) for id in wanted.values]
         number = table.acquire((wanted.sign, *parts), line)
         self._needs_filling |= not table.is_filled
@@ -121,8 +124,8 @@ class Tables:
         return self._tables[key]
 
 
-def _sizes(operation: str, line: Mapping[str, Any]) -> tuple[int | None, int | None, torch.dtype] | None:
-    """Width, rank and type of a line's tensors; None if they don't fit one another, or a number isn't one."""
+def _sizes(operation: str, line: Mapping[str, Any]) -> tuple[int | None, int | None, torch.dtype, int] | None:
+    """Width, rank, type and bytes of a line's tensors; None if they don't fit one another, or a number isn't one."""
     sizes: dict[str, int] = {}
     dtypes: set[torch.dtype] = set()
     size = 0
@@ -141,7 +144,7 @@ def _sizes(operation: str, line: Mapping[str, Any]) -> tuple[int | None, int | N
                 return None
     if len(dtypes) > 1 or not dtypes <= set(DTYPES) or size > MAX_LINE:
         return None
-    return sizes.get("width"), sizes.get("rank"), next(iter(dtypes), torch.float32)
+    return sizes.get("width"), sizes.get("rank"), next(iter(dtypes), torch.float32), size
 
 
 def _name(parameter: Parameter) -> Hashable:

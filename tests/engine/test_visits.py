@@ -132,6 +132,17 @@ def test_slots_are_freed_with_their_requests_and_a_table_grows() -> None:
     assert not toy.executor.leftovers([])
 
 
+@pytest.mark.parametrize("limit", ["MAX_LINE", "MAX_TABLE"])
+def test_an_edit_without_room_in_a_table_runs_without_one(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(f"nnsight_vllm.engine.tables.{limit}", 1)
+    requests = [(*chain(["add", "projected"], i), 2) for i in range(3)]
+    together, alone = (run(requests, 2, batching, 0) for batching in (True, False))
+    for tap in alone.seen:
+        for one, other in zip(together.seen[tap], alone.seen[tap], strict=True):
+            compare(one, other, f"tap {tap}")
+    assert together.executor._tables.num_lines <= 2
+
+
 def test_equal_edits_share_a_line() -> None:
     toy = Toy()
     data, files = chain(["add"], 0)
