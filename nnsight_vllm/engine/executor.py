@@ -33,7 +33,7 @@ from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.tables import Tables
 from nnsight_vllm.engine.taps import Handler, Tensors
-from nnsight_vllm.engine.visits import Visits, due, is_worth_it
+from nnsight_vllm.engine.visits import Visits, due
 from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
@@ -88,7 +88,7 @@ class Executor:
         self._limits = limits
         self._num_saved = 0  # bytes sent home of the requests that live
         self._tables = Tables(device)
-        self._visits = Visits()
+        self._visits = Visits(device)
         self._interpreter = Interpreter(table.orders, table.calls, device)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._alone: dict[str, Request] = {}
@@ -337,7 +337,7 @@ class Executor:
     def _visit(self, units: list[Unit], tensors: Tensors) -> dict[int, BaseException | None]:
         """Have those that do nothing but edit rows at their site do it together. Returns them by `id`, and what went wrong."""
         found: dict[int, BaseException | None] = {}
-        if self._step is None or not is_worth_it(units, tensors):
+        if self._step is None or len(units) < self._visits.least:
             return found
         by_site: dict[str, list[Unit]] = {}
         for unit in units:
@@ -345,7 +345,7 @@ class Executor:
             if name is not None and due(unit, self._table.sites[name]) is not None:
                 by_site.setdefault(name, []).append(unit)
         for name, together in by_site.items():
-            if is_worth_it(together, tensors):
+            if len(together) >= self._visits.least:
                 error: BaseException | None = None
                 try:
                     with _inference():

@@ -8,7 +8,6 @@ with the same rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +46,11 @@ class _Laid:
 
 
 class Visits:
-    """What some units do at a site together. `forget` when requests end: lanes hold them."""
+    """What some units do at a site together, where at least `least` come. `forget` when requests end: lanes hold them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        # On a CPU one unit by itself is faster with torch's own operations.
+        self.least = 2 if choose(device) == "reference" else 1
         self._laid: dict[str, _Laid] = {}
 
     def forget(self) -> None:
@@ -87,11 +88,6 @@ def due(unit: Unit, site: Site) -> Visit | None:
         return None
     width = shape[1]
     return visit if width is not None and all(unit.lines(node).fit(width) for node in visit.edits) else None
-
-
-def is_worth_it(units: Sequence[Unit], tensors: Tensors) -> bool:
-    """On a CPU one unit by itself is faster with torch's own operations."""
-    return len(units) > 1 or choose(tensors[0].device) != "reference"
 
 
 def _rows(unit: Unit, step: Step, at_logits: bool) -> tuple[Ints, Ints]:
