@@ -147,9 +147,9 @@ class Collector:
         return is_running
 
 
-def _columns(saved: list[Saved], data: list[bytes]) -> Iterator[tuple[str, bool, list[object]]]:
+def _columns(saved: list[Saved], data: list[memoryview]) -> Iterator[tuple[str, bool, list[object]]]:
     """Name, whether it continues a list, and the values of all steps; `data`: the sheets' bytes, one a step."""
-    steps = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8).reshape(len(data), -1)
+    steps = torch.frombuffer(bytearray().join(data), dtype=torch.uint8).reshape(len(data), -1)
     columns: dict[tuple[str, bool], list[list[object]]] = {}
     start = 0
     for one in saved:

@@ -5,11 +5,8 @@ vLLM's `LLM` isn't made for several threads; a lock lets one trace run at a time
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.plan.caching import Caching
+from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
@@ -126,7 +124,7 @@ class Engine:
                 raise InterventionError(
                     "another thread used model.llm while the trace ran, and took its results: use one at a time"
                 )
-            with _no_garbage_collection():
+            with garbage.paused():
                 return [self._outcome(output) for output in outputs]
 
     # -- the engine ------------------------------------------------------------------------------------------------------
@@ -199,21 +197,6 @@ class Engine:
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For making many objects that live on: Python would look through the whole heap for garbage again and again.
-
-    With 60,000 saved tensors that took longer than making them.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _prompt(request: Request, caching: Caching | None) -> Any:

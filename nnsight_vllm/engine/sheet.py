@@ -95,7 +95,8 @@ class GroupSheet:
     def sheet_of(self, i: int, start: bytes, lines: Tensor) -> Sheet:
         """Request i's part, for a message that has more to say."""
         return Sheet(
-            encode_saved([_described(column.key) for column in self.columns]), lines[i, len(start) :].numpy().tobytes()
+            encode_saved([_described(column.key) for column in self.columns]),
+            memoryview(lines[i, len(start) :].numpy().tobytes()),
         )
 
 
@@ -120,7 +121,7 @@ def _stacked(lane: Lane, size: int) -> Tensor | None:
 def _start(keys: tuple[Key, ...], length: int) -> tuple[bytes, Tensor]:
     """The beginning of a message with such columns and `length` bytes to follow, as bytes and as a tensor."""
     saved = encode_saved([_described(key) for key in keys])
-    start = encode_delta(Delta(sheet=Sheet(saved, bytes(length))))[: -length or None]
+    start = encode_delta(Delta(sheet=Sheet(saved, memoryview(bytes(length)))))[: -length or None]
     return start, torch.frombuffer(bytearray(start), dtype=torch.uint8)
 
 

@@ -50,11 +50,11 @@ class Saved(Struct, frozen=True):
 class Sheet(Struct, frozen=True):
     """Many saved tensors as one piece: `saved` is a msgpack list of `Saved`, in which tensors come without their bytes.
 
-    Those lie in `data`, one after the other.
+    Those lie in `data`, one after the other; in a decoded sheet that's the message's own memory.
     """
 
     saved: Raw
-    data: bytes
+    data: memoryview
 
 
 class Stats(Struct, frozen=True):

@@ -13,7 +13,7 @@ from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.walk import constants_of
 from nnsight_vllm.graph.wire import encode, to_json
-from nnsight_vllm.trace import active
+from nnsight_vllm.trace import active, garbage
 from nnsight_vllm.trace.backend import Backend, Outcome, Prompt, Request
 from nnsight_vllm.trace.block import Body, SkipBody, prepare
 from nnsight_vllm.trace.cond import CondBlock
@@ -145,10 +145,11 @@ class Tracer(Recording):
 
     def _close(self, kind: type[BaseException] | None) -> bool:
         try:
-            if not self._leave_block(kind):
-                return False
-            if self._only is not None:
-                self._only.finish()
+            with garbage.paused():
+                if not self._leave_block(kind):
+                    return False
+                if self._only is not None:
+                    self._only.finish()
         finally:
             self._pop()
         if self._runs:
