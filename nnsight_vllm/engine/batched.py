@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnsight_vllm.engine import algebra
 from nnsight_vllm.engine.algebra import Uncovered
+from nnsight_vllm.engine.changes import by_table, dtype_of, fitted, in_place, spread_value
 from nnsight_vllm.engine.group import Group, GroupIterations, GroupLoop
 from nnsight_vllm.engine.interpreter import END, MAX_TRIPS, Interpreter, ModuleCalls
 from nnsight_vllm.engine.lanes import (
@@ -36,13 +37,11 @@ from nnsight_vllm.engine.lanes import (
 )
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
 from nnsight_vllm.engine.places import fit, refuse_floats
-from nnsight_vllm.engine.tables import Lines
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Dots, List, Log, Op, Read, Ref, Save, Slice, Tuple, Write
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, is_inplace
 from nnsight_vllm.kernels.dispatch import choose
-from nnsight_vllm.kernels.table import DTYPES
-from nnsight_vllm.plan.edits import ADDS, PREFIX
+from nnsight_vllm.plan.edits import ADDS
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,
@@ -79,6 +78,9 @@ class GroupInterpreter:
         self._orders = orders
         self._calls = calls
         self._alone = alone
+        self._has_kernels = (
+            choose(alone.device) == "triton"
+        )  # of the frequent edits, else torch's own operations are faster
         self.counts = Counts()
         self.found: list[Group] = []  # parts that are still to run
         self.waiting: list[Group] = []  # parts that ran
@@ -350,7 +352,7 @@ class GroupInterpreter:
         try:
             if place.is_integer() or not isinstance(lane, Rows | Each | Shared):
                 raise Uncovered
-            new.copy_(_fitted(place.name, lane, View(place.current).read(), work))
+            new.copy_(fitted(place.name, lane, View(place.current).read(), work))
             self._count(group, "write", True)
         except Exception:
             self._count(group, "write", False)
@@ -515,28 +517,28 @@ class GroupInterpreter:
         if sign is not None and len(args) == 2 and not node.kwargs and (part := place.addend()) is not None:
             value = args[1]
             is_plain = target.pick is None and not target.columns and target.own is None
-            is_plain = is_plain and choose(part.device) == "reference"
+            is_plain = is_plain and not self._has_kernels
             if is_plain and place.ragged.is_single and isinstance(value, Each) and value.tensor.shape == part.shape:
                 part.add_(value.tensor, alpha=sign)
                 place.put_addend(part)
                 return target
             view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
             operation = torch.Tensor.add_ if sign > 0 else torch.Tensor.sub_
-            if not _by_table(group, node, view):
-                _in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
+            if not by_table(group, node, view, self._has_kernels):
+                in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
             place.put_addend(part)
         else:
             place.change(partial(self._apply, group, node, target, args))
         return target
 
     def _apply(self, group: Group, node: Op, target: Lane, args: list[Lane]) -> None:
-        if _by_table(group, node, target):
+        if by_table(group, node, target, self._has_kernels):
             return
         kwargs = {key: self.lane(group, value) for key, value in node.kwargs.items()}
         if node.name == "py.setitem":
             self._set_part(target, self._key(group, node.args[1]), args[2])
         elif rule_of(node.name).kind is Kind.POINTWISE:
-            _in_place(node.name, OPERATIONS[node.name], target, args[1:], kwargs)
+            in_place(node.name, OPERATIONS[node.name], target, args[1:], kwargs)
         else:
             raise Uncovered
 
@@ -551,12 +553,12 @@ class GroupInterpreter:
             value = algebra.numbers_of(value, tensor.dtype)
             at = algebra.column_index(rest, ragged)
             shape = tensor[at].shape
-            tensor[at] = _spread_value(value, ragged, len(shape), tensor.dtype)
+            tensor[at] = spread_value(value, ragged, len(shape), tensor.dtype)
             return
         if isinstance(target, View | Rows | Each):
-            value = algebra.numbers_of(value, _dtype_of(target))
+            value = algebra.numbers_of(value, dtype_of(target))
         part = algebra.part(target, key, True)
-        _in_place("tensor.copy_", torch.Tensor.copy_, part, [value], {})
+        in_place("tensor.copy_", torch.Tensor.copy_, part, [value], {})
 
     def _one_by_one(self, group: Group, node: Op) -> Lane | None:
         """Every request by itself, on its own part of the same memory."""
@@ -625,90 +627,6 @@ class _Env(dict[int, Any]):
     def __getitem__(self, id: int) -> Any:
         lane = self._group.parameter(id) if id < 0 else self._group.env[id]
         return lane.of(self._i)
-
-
-def _in_place(
-    name: str, operation: Callable[..., Any], target: Lane, rest: list[Lane], kwargs: dict[str, Lane]
-) -> None:
-    """Change a lane's tensors in place; rows that were picked are changed as a copy and put back."""
-    _on_part(target, lambda part: algebra.change(name, operation, part, rest, kwargs))
-
-
-def _on_part(target: Lane, change: Callable[[Lane], None]) -> None:
-    """Have `change` change a lane's tensors in place; what isn't a view of its memory is changed as a copy and put back."""
-    if not isinstance(target, View):
-        change(target)
-        return
-    memory = target.memory.tensor
-    if target.own is not None:
-        at = target.elements
-        part = target.read()
-        change(part)
-        memory[at] = part.tensor
-        return
-    if target.pick is None:
-        change(target.read())
-        return
-    rows = target.picked(memory)
-    narrowed = target.narrowed(rows)
-    change(Each(narrowed) if target.pick.ragged is None else Rows(narrowed, target.pick.ragged))
-    if not target.pick.is_all:
-        memory.index_copy_(0, target.pick.rows.to(memory.device), rows)
-
-
-def _by_table(group: Group, node: Op, target: Lane) -> bool:
-    """Do an edit by the lines that the requests have in tables. False: some have none, or they don't fit the target.
-
-    On a CPU torch's own operations on all rows are faster, and give the same bits; those of `nnsight_vllm.edits` have no
-    other form.
-    """
-    if node.id not in group.program.edits:
-        return False
-    tensor = target.memory.tensor if isinstance(target, View) else getattr(target, "tensor", None)
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
-        return False
-    if isinstance(target, View) and (target.columns or target.own is not None):
-        return False
-    if not node.name.startswith(PREFIX) and choose(tensor.device) == "reference":
-        return False
-    lines = group.lines(node.id)
-    if not lines.fit(tensor.shape[1]):
-        return False
-    _on_part(target, partial(_edit_part, lines))
-    return True
-
-
-def _edit_part(lines: Lines, part: Lane) -> None:
-    assert isinstance(part, Rows | Each)
-    lines.edit(part.tensor, part.ragged.owner if isinstance(part, Rows) else torch.arange(len(part.tensor)))
-
-
-def _fitted(site: str, lane: Lane, rows: Each | Rows, work: Tensor) -> Tensor:
-    """A value for a whole site, broadcast to [all rows, ...]."""
-    if isinstance(lane, Shared) and not isinstance(lane.value, Tensor | int | float):
-        raise InterventionError(f"{site} takes a tensor or a number")
-    values = algebra.aligned([rows, lane])
-    value = values[1]
-    return value.expand(work.shape) if isinstance(value, Tensor) else torch.as_tensor(value).expand(work.shape)
-
-
-def _dtype_of(lane: View | Rows | Each) -> torch.dtype:
-    return lane.memory.tensor.dtype if isinstance(lane, View) else lane.tensor.dtype
-
-
-def _spread_value(lane: Lane, ragged: Any, rank: int, dtype: torch.dtype) -> Any:
-    lane = resolved(lane)
-    match lane:
-        case Each():
-            return algebra.spread(lane.tensor, ragged, rank).to(dtype)
-        case Rows() if lane.tensor.ndim == rank and lane.ragged.fits(ragged):
-            return lane.tensor.to(dtype)
-        case Shared(value=bool() | int() | float()):
-            return lane.value
-        case Shared(value=Tensor() as value) if value.ndim < rank:
-            return value.to(dtype)
-        case _:
-            raise Uncovered
 
 
 def _over(group: Group) -> Group:

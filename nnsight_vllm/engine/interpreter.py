@@ -53,7 +53,7 @@ class Interpreter:
     def __init__(self, orders: Mapping[str, int], calls: ModuleCalls, device: torch.device) -> None:
         self._orders = orders
         self._calls = calls
-        self._device = device
+        self.device = device
         self.num_run = 0  # nodes
         self._methods: dict[type, Callable[[Request, Any], bool]] = {
             At: self.at,
@@ -233,11 +233,11 @@ class Interpreter:
         return place.change(lambda: self._apply(request, name, args, kwargs))
 
     def _apply(self, request: Request, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if name in FACTORIES and self._device.type != "cpu":
-            kwargs.setdefault("device", self._device)
+        if name in FACTORIES and self.device.type != "cpu":
+            kwargs.setdefault("device", self.device)
         if name not in RANDOM:
             return OPERATIONS[name](*args, **kwargs)
-        devices = [] if self._device.type == "cpu" else [self._device]
+        devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(request.draw_seed())
             return OPERATIONS[name](*args, **kwargs)

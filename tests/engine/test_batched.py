@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generated import LOOKS, STEPS, Plan, build, compare, run
+from generated import LOOKS, STEPS, Builder, Plan, build, compare, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import Toy
 
 from nnsight_vllm.engine.executor import Limits
+from nnsight_vllm.engine.operations import OPERATIONS
+from nnsight_vllm.engine.requests import Status
+from nnsight_vllm.graph.nodes import Block, Graph, Iterations
+from nnsight_vllm.graph.wire import encode
 
 plans = st.builds(
     Plan,
@@ -119,3 +123,26 @@ def test_each_step_is_counted_and_most_are_batched(name: str) -> None:
     opaque = {"a direction of the run", "flipped", "transposed", "a row that may not be there", "numbers on both sides"}
     assert bool(stats.prevented) == (name in opaque), (name, stats.prevented)
     assert stats.batched > 0
+
+
+def test_an_interrupt_inside_of_a_group_is_raised_when_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(OPERATIONS, "tensor.relu", interrupted)
+    toy = Toy()
+    b = Builder(0)
+    b.save(b.op("tensor.relu", b.read("1.out")), "never")
+    data = encode(Graph(Block([Iterations(1, 0, None, 1, 2, Block(b.nodes))])))
+    for name in ("a", "b"):
+        toy.add(name, data)
+    plain = Builder(0)
+    plain.save(plain.op("py.getitem", plain.read("2.mlp"), -1), "last")
+    toy.add("c", encode(Graph(Block([Iterations(1, 0, None, 1, 2, Block(plain.nodes))]))))
+    with pytest.raises(KeyboardInterrupt):
+        toy.step(a=(2, 0), b=(2, 0), c=(2, 0))
+    assert [request.status for request in toy.executor.requests.values()] == [Status.FAILED] * 2 + [Status.RUNNING]
+    toy.executor.drop(["a", "b"])
+    toy.step(c=(1, 2))
+    assert toy.saved["c"]["last"]
+    assert not toy.executor.leftovers(["c"])
