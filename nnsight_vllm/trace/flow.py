@@ -172,8 +172,8 @@ class Flow:
             if type(now) is Proxy and now is not old and now._scope is block.scope:
                 raise ScopeError(
                     f"{name!r} is read and bound anew in the iteration block at {block.scope.line}. The block is recorded once, "
-                    f"so {name!r} would start from its first value at each iteration: change it in place ({name} += ...), or "
-                    "collect values in nv.list()"
+                    f"so {name!r} would start from its first value at each iteration: make it a tensor of the run, such as "
+                    f"h.new_zeros(()), and change that in place ({name} += ...), or collect values in nv.list()"
                 )
 
     # -- scopes ----------------------------------------------------------------------------------------------------------
