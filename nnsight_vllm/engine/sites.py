@@ -22,6 +22,14 @@ Apply = Callable[[Tensor], Tensor]
 """A module as a function of its one input, [n, ...] -> [n, ...]; never changes its argument."""
 
 
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
 class Refresh(Protocol):
     """Recompute what the tap's own tensors derive from a changed value; `changed` are row numbers."""
 
@@ -94,7 +102,7 @@ class Direct:
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
         self.slot.live(tensors, rows).copy_(new)  # what didn't change has the bits that were read here
         if self.refresh is not None:
-            self.refresh(tensors, rows, _changed_rows(new != old))
+            self.refresh(tensors, rows, _changed_rows(_differs(new, old)))
 
     def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
         return None
@@ -121,7 +129,7 @@ class Stream:
         return self.hidden.live(tensors, rows) + self.residual.live(tensors, rows)
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        differs = new != old
+        differs = _differs(new, old)
         residual = self.residual.live(tensors, rows)
         residual.copy_(torch.where(differs, new.to(residual.dtype), residual))
         self.hidden.live(tensors, rows).masked_fill_(differs, 0)
@@ -154,7 +162,7 @@ class Argument:
         return value if value.is_floating_point() else value.long()
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        changed = _changed_rows(new != old)
+        changed = _changed_rows(_differs(new, old))
         if changed.numel() == 0:
             return
         live = self.output.live(tensors, rows)
@@ -214,7 +222,7 @@ class Activation:
         return _copy(self.gate.activated(tensors, rows))
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        differs = new != old
+        differs = _differs(new, old)
         self.gate.hold(tensors, rows, new, differs)
         product = self.gate.product.live(tensors, rows)
         up = self.gate.up.live(tensors, rows)
@@ -226,6 +234,12 @@ class Activation:
 
 def _copy(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format)
+
+
+def _differs(new: Tensor, old: Tensor) -> Tensor:
+    """Where the bits differ. By value NaN would differ from itself, and rows of others lie between a group's."""
+    kind = _BITS.get(new.dtype)
+    return new != old if kind is None or old.dtype != new.dtype else new.view(kind) != old.view(kind)
 
 
 def _changed_rows(differs: Tensor) -> Tensor:

@@ -91,6 +91,13 @@ def test_elementwise_programs_give_the_same_bits(name: str, dtype: str, constant
         assert not [delta.failure for deltas in toy.received.values() for delta in deltas if delta.failure]
 
 
+def test_rows_of_others_between_a_groups_keep_their_bits_where_they_are_nan() -> None:
+    undefined, column = Plan(("zero", "norm", "a matrix"), (), None, False), Plan(("a column",), (), None, False)
+    requests = [(*build(plan, 10 * i, None), 1) for i, plan in enumerate([undefined, column] * 2)]
+    grouped, alone = (run(requests, 2, batching, 0) for batching in (True, False))
+    assert repr(grouped.seen) == repr(alone.seen)
+
+
 @pytest.mark.parametrize("batching", [True, False])
 def test_a_request_over_its_limit_of_results_fails_and_says_the_numbers(batching: bool) -> None:
     toy = Toy(batching=batching, limits=Limits(request=200, engine=10_000))
