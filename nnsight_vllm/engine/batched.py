@@ -309,7 +309,8 @@ class GroupInterpreter:
         group.forget_step()
         frame.current = frame.upcoming
         frame.upcoming = frame.upcoming + frame.step
-        group.env[step.index] = lane_of(frame.current.tolist())
+        numbers = frame.current.tolist()
+        group.env[step.index] = Shared(numbers[0]) if bool((frame.current == numbers[0]).all()) else Items(numbers)
         return True
 
     def free(self, group: Group, free: Free) -> bool:

@@ -253,11 +253,12 @@ class Executor:
             self._interpreter.run(request)
 
     def _begin_group(self, group: Group, step: Step) -> list[Unit]:
-        here = [int(i) for i in np.flatnonzero(group.locate(step) >= 0)]
-        if not here:
+        is_here = group.locate(step) >= 0
+        if not is_here.any():
             self._groups.append(group)
             return []
-        if len(here) < len(group):  # the others wait for a later step, by themselves
+        if not is_here.all():  # the others wait for a later step, by themselves
+            here = [int(i) for i in np.flatnonzero(is_here)]
             for i in set(range(len(group))).difference(here):
                 request = group.select([i]).release()
                 self._alone[request.id] = request
@@ -408,20 +409,29 @@ class Executor:
         sent: dict[str, Tensor] = {}
         emits = set(emitting)
         for group in list(self._groups):
-            if group.sheet.columns and all(member.id in emits for member in group.members):
+            if group.sheet.columns and emits.issuperset(group.ids):
                 self._send_together(group, sent)
             elif group.sheet.columns:
                 group.spill()
             group.sheet.clear()
-        for id in emits:
-            request = self.requests.get(id)
-            if request is not None and id not in sent and (data := request.outbox.take()) is not None:
+        for id in emitting:
+            request = None if id in sent else self.requests.get(id)
+            if request is not None and (data := request.outbox.take()) is not None:
                 self._send(request, _tensor(data), sent)
         return sent
 
     def _send_together(self, group: Group, sent: dict[str, Tensor]) -> None:
         sheet, group.sheet = group.sheet, GroupSheet(len(group))
         start, lines = sheet.lines()
+        size, members = lines.shape[1], group.members
+        saved_most = max([member.num_saved for member in members])
+        excess = self._limits.excess(saved_most + size, self._num_saved + size * len(members))
+        if not excess and all([member.outbox.is_empty for member in members]):
+            self._num_saved += size * len(members)
+            for member in members:
+                member.num_saved += size
+            sent.update(zip(group.ids, lines.unbind(), strict=True))
+            return
         for i, member in enumerate(group.members):
             if member.outbox.is_empty:
                 self._send(member, lines[i], sent)

@@ -91,6 +91,10 @@ class Group:
     def __len__(self) -> int:
         return len(self.members)
 
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        return [member.id for member in self.members]
+
     @property
     def is_waiting(self) -> bool:
         return not self.is_over and bool(self.members)

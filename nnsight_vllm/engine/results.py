@@ -30,7 +30,7 @@ MAX_MESSAGE = 4096
 
 
 class Outbox:
-    """One request's results since the last time they were sent."""
+    """One request's results since the last time they were sent. `is_empty`: there is surely nothing to send."""
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
@@ -42,9 +42,11 @@ class Outbox:
         self.keep_token = True
         self.failure: Failure | None = None
         self.has_ended = False  # with what was taken last
+        self.is_empty = True
 
     def save(self, name: str, value: Any) -> None:
         """A tensor as it is now; a list or dict from now on."""
+        self.is_empty = False
         if isinstance(value, list | dict):
             self._values.pop(name, None)
             if name not in self._followed or self._followed[name].value is not value:
@@ -53,23 +55,20 @@ class Outbox:
             self._followed.pop(name, None)
             self._values[name] = frozen_copy(value)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is surely nothing to send."""
-        kept = self._values or self._followed or self._appended or self._logs
-        return not kept and not self.stopped and self.failure is None
-
     def start(self, name: str) -> None:
         """A list that items will be appended to, and that nobody reads."""
+        self.is_empty = False
         self._values[name] = []
 
     def append(self, name: str, value: Any) -> None:
         """One item more of a list that is saved under this name and that nobody reads."""
+        self.is_empty = False
         started = self._values.get(name)
         items = started if isinstance(started, list) else self._appended.setdefault(name, [])
         items.append(frozen_copy(value))
 
     def log(self, text: str) -> None:
+        self.is_empty = False
         self._logs.append(text)
 
     def changed(self, value: Any) -> None:
@@ -78,10 +77,10 @@ class Outbox:
             self._changed.add(value.untyped_storage().data_ptr())
 
     def stop(self, keep_token: bool) -> None:
-        self.stopped, self.keep_token = True, keep_token
+        self.stopped, self.keep_token, self.is_empty = True, keep_token, False
 
     def fail(self, failure: Failure, keep_token: bool) -> None:
-        self.failure, self.keep_token = failure, keep_token
+        self.failure, self.keep_token, self.is_empty = failure, keep_token, False
 
     def take(self, sheet: Sheet | None = None) -> bytes | None:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
@@ -109,6 +108,7 @@ class Outbox:
     def _clear(self) -> None:
         self._values, self._logs, self._changed, self._appended = {}, [], set(), {}
         self.stopped, self.keep_token, self.failure = False, True, None
+        self.is_empty = not self._followed
 
 
 def describe(error: BaseException) -> str:
