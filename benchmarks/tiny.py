@@ -1,34 +1,73 @@
-"""What do we ourselves cost a step, where the model costs next to nothing?
+"""What do we ourselves cost the worker a step, where the model costs next to nothing?
 
-A model of two layers, hidden size 64. Every case runs with few and with many tokens: the difference, over the number of steps
-between, is the time of a step, without recording, sending and the prompt's forward. Ours minus stock's is our own. At 256
-requests it should be at most four times that at one.
+A model of two layers, hidden size 64; the engine in this process. The clock stands around the executor's calls alone: what
+begins and ends a step, and what runs at taps. Steps that hold a prompt don't count. At 256 requests it should be at most four
+times that at one.
 
     python benchmarks/tiny.py [--case add_30] [--rounds 9]
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before anything imports vLLM: the worker's clock is ours
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import cases
+import torch
 from cases import CASES
-from harness import Measured, Task, measure, sides, trio
-from ratios import RESAMPLES
-from results import Row, arguments, facts, keep, show, tell
-from throughput import task_of, vocab_of
+from harness import ARGUMENTS, random_prompts
+from messages import Host, Job
+from results import Row, arguments, in_this_process, keep, show, tell
 
-Values = npt.NDArray[np.float64]
+from nnsight_vllm import VLLM
+from nnsight_vllm.engine.executor import Executor
 
 NUM_ROUNDS = 9
 REQUESTS = (1, 16, 64, 256)
-FEW, MANY = 16, 112
-NAMES = ("idle", "add_30", "save_30")  # "30" stands for every block: two here
+NUM_TOKENS = 48
+NAMES = ("add_1", "add_30", "save_30")  # "30" stands for every block: two here
 LAYERS, HIDDEN, VOCAB, HEADS = 2, 64, 512, 2
+CALLS = ("admit", "drop", "begin_step", "enter_logits", "at_tap", "leave_logits", "end_step")
+
+
+class Clock:
+    """Microseconds in the executor, a step each."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._now = 0.0
+        self._depth = 0
+        for name in CALLS:
+            setattr(Executor, name, self._timed(name, getattr(Executor, name)))
+
+    def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            self._depth += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._now += time.perf_counter() - start
+                if name == "end_step":
+                    self.steps.append(self._now * 1e6)
+                    self._now = 0.0
+
+        return timed
 
 
 def tiny_checkpoint(folder: Path) -> str:
@@ -48,62 +87,37 @@ def tiny_checkpoint(folder: Path) -> str:
 def main() -> None:
     options = arguments(__doc__, NAMES)
     num_rounds = options.rounds or NUM_ROUNDS
-    asked = [task for name in options.names for count in REQUESTS for task in _pair(name, count, num_rounds)]
+    clock, draw = Clock(), random.Random(options.seed)
+    rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = tiny_checkpoint(Path(folder))
-        with sides(trio(checkpoint, max_num_seqs=max(REQUESTS)), tell=tell) as alive:
-            run = facts(alive, options.seed)
-            measured = measure(alive, asked, vocab_of(checkpoint), options.seed, tell)
-    rows = {
-        f"{name}, {count} requests": {"num_requests": count, **_row(measured, name, count), "run": run}
-        for name in options.names
-        for count in REQUESTS
-    }
+        sizes: dict[str, Any] = {**ARGUMENTS, "max_num_seqs": max(REQUESTS), "max_num_batched_tokens": 16384}
+        with VLLM(tiny_checkpoint(Path(folder)), **sizes) as model:
+            host, run = Host(model, HIDDEN, LAYERS, VOCAB), in_this_process(options.seed)
+            torch.set_num_threads(1)  # as in a worker of its own
+            for name in options.names:
+                for count in REQUESTS:
+                    rounds = [_round(host, clock, name, count, draw) for _ in range(num_rounds + 1)][1:]
+                    tell(f"{name}, {count} requests: {median(rounds):.0f} us")
+                    rows[f"{name}, {count} requests"] = {"num_requests": count, "rounds": rounds, "run": run}
     show("our own time", COLUMNS, [_cells(name, row) for name, row in rows.items()])
     keep(options, "tiny", rows, num_rounds)
 
 
-COLUMNS = ["case", "stock µs a step", "ours on top, µs [95 %]", "A/A, µs [95 %]"]
+COLUMNS = ["case", "us a step", "smallest-largest"]
 
 
-def _pair(name: str, count: int, num_rounds: int) -> list[Task]:
+def _round(host: Host, clock: Clock, name: str, count: int, draw: random.Random) -> float:
+    """The median step of a run."""
     case = next(case for case in CASES if case.name == name)
-    return [
-        replace(task_of(case, num_rounds, count, num_tokens), name=_label(name, count, num_tokens))
-        for num_tokens in (FEW, MANY)
-    ]
-
-
-def _label(name: str, count: int, num_tokens: int) -> str:
-    return f"{name}, {count} requests, {num_tokens} tokens"
-
-
-def _row(measured: dict[str, Measured], name: str, count: int) -> Row:
-    few, many = (measured[_label(name, count, num_tokens)] for num_tokens in (FEW, MANY))
-    step = {side: _slope(few.seconds(side), many.seconds(side)) for side in ("stock", "ours", "again")}
-    return {
-        "stock": float(np.median(step["stock"])),
-        "own": _interval(step["ours"] - step["stock"]),
-        "a_a": _interval(step["again"] - step["stock"]),
-        "steps": {side: values.tolist() for side, values in step.items()},
-    }
-
-
-def _slope(few: Sequence[float], many: Sequence[float]) -> Values:
-    """Microseconds a step, round by round."""
-    slopes: Values = (np.array(many) - np.array(few)) / (MANY - FEW) * 1e6
-    return slopes
-
-
-def _interval(values: Values) -> list[float]:
-    """The median and its 95 % interval."""
-    drawn = np.median(np.random.default_rng(0).choice(values, (RESAMPLES, len(values))), axis=1)
-    return [float(np.median(values)), *(float(bound) for bound in np.percentile(drawn, [2.5, 97.5]))]
+    job = Job(case.work, random_prompts(draw, VOCAB, count), NUM_TOKENS, draw.getrandbits(31), case.options)
+    run = getattr(cases, case.work.partition(":")[2])(host, job)
+    clock.steps.clear()
+    run()
+    return median(clock.steps[2:])
 
 
 def _cells(name: str, row: Row) -> list[str]:
-    own, again = ("{:.0f} [{:.0f}, {:.0f}]".format(*row[key]) for key in ("own", "a_a"))
-    return [name, f"{row['stock']:.0f}", own, again]
+    return [name, f"{median(row['rounds']):.0f}", f"{min(row['rounds']):.0f}–{max(row['rounds']):.0f}"]
 
 
 if __name__ == "__main__":
