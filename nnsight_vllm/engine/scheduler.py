@@ -27,6 +27,9 @@ class Policy:
     finish_requests: Any
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        for request in self.waiting:
+            if request.num_preemptions and _has_graph(request):
+                _set_apart(request)
         held = self._hold_back()
         try:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -88,6 +91,14 @@ def Scheduler(**kwargs: Any) -> SyncScheduler | AsyncScheduler:
             f"long_prefill_token_threshold={config.long_prefill_token_threshold}: it would cut prompts with graphs"
         )
     return AsyncScheduler(**kwargs) if config.async_scheduling else SyncScheduler(**kwargs)
+
+
+def _set_apart(request: Any) -> None:
+    """The worker fails an evicted request and computes its rows without its edits: nobody may take them for edited ones."""
+    if request.cache_salt is not None and not request.cache_salt.endswith(request.request_id):
+        request.cache_salt += f":{request.request_id}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
 
 
 def _has_graph(request: Any) -> bool:

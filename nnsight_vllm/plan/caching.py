@@ -40,6 +40,7 @@ from nnsight_vllm.graph.nodes import (
     Ref,
     Save,
     Slice,
+    Stop,
     Tuple,
     Write,
 )
@@ -95,6 +96,8 @@ def caching_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str
     reader.block(graph.body, _Where())
     if reader.is_random and reader.writes:
         return Caching(Salt.UNIQUE, False)
+    if reader.stops and reader.writes:  # a row may have got some of its edits and not the others
+        reader.writes = {Salt.PROMPT}
     if reader.changes_own:  # what a name stood for when it was looked at may not be what it stands for later
         reader.needs_prompt |= reader.reads_prompt
         reader.writes = {Salt.PROMPT} if reader.writes else set()
@@ -129,6 +132,7 @@ class _Reader:
         self.reads_prompt = False
         self.changes_own = False
         self.is_random = False
+        self.stops = False
 
     def block(self, block: Block, where: _Where) -> None:
         for node in block.nodes:
@@ -146,6 +150,8 @@ class _Reader:
                 self._values[node.id] = _Value(_Of.CONSTANT, self._rank(node.digest))
             case Op():
                 self._values[node.id] = self._op(node, where)
+            case Stop():
+                self.stops = True
             case Call():
                 self._values[node.id] = self._mixed(node.args)
             case Save(value=value):

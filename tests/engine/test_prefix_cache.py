@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nnsight_vllm import edits
+from nnsight_vllm.errors import PreemptedError
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -241,3 +242,29 @@ def test_samples_of_one_request_share_its_blocks_or_not(model: VLLM) -> None:
         result = tracer.result.save()
     assert len(result.outputs) == 3
     assert all(torch.equal(each, rows[0]) and len(each) == 100 for each in rows)
+
+
+def test_what_was_computed_for_an_evicted_request_is_found_by_nobody(
+    engines: Engines, tiny_checkpoint: Callable[[str], str]
+) -> None:
+    model = engines(
+        tiny_checkpoint("llama"),
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        num_gpu_blocks_override=12,
+        block_size=BLOCK,
+    )
+    model.llm.reset_prefix_cache()
+    edited = steering(5)
+    prompts = [[i + 3, *prompt(12, 70)] for i in range(4)]
+    with pytest.raises((PreemptedError, ExceptionGroup)):
+        with model.trace(temperature=0.0, max_tokens=100, ignore_eos=True) as tracer:
+            for ids in prompts:
+                with tracer.invoke(ids):
+                    edited(model, tracer)
+    after = [run(model, ids, edited, 6)[0] for ids in prompts]
+    model.llm.reset_prefix_cache()
+    alone = [run(model, ids, edited, 6)[0] for ids in prompts]
+    assert [result.token_ids for result in after] == [result.token_ids for result in alone]
+    model.check_integrity()

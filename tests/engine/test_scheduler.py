@@ -24,11 +24,17 @@ class FakeRequest:
     num_output_placeholders: int = 0
     num_preemptions: int = 0
     priority: int = 0
+    cache_salt: str | None = None
     sampling_params: Any = field(init=False)
 
     def __post_init__(self) -> None:
         extra = {"nnsight_vllm": b""} if self.has_graph else None
         self.sampling_params = SimpleNamespace(extra_args=extra)
+        self.request_id = f"id of {self.name}"
+        self.block_hashes = ["old"]
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes.append(f"with {self.cache_salt}")
 
     def __lt__(self, other: "FakeRequest") -> bool:
         return self.priority < other.priority
@@ -133,3 +139,17 @@ def test_steps_without_graphs_end_nobody() -> None:
     scheduler = Whole([])
     assert scheduler.update_from_output(None, SimpleNamespace(req_ids=["a"], pooler_output=None)) == "made"
     assert not hasattr(scheduler, "finished")
+
+
+def test_an_evicted_request_with_a_graph_gets_blocks_that_nobody_else_finds() -> None:
+    evicted = FakeRequest("a", 500, True, num_preemptions=1, cache_salt="salt")
+    others = [
+        FakeRequest("b", 500, True, cache_salt="salt"),
+        FakeRequest("c", 500, num_preemptions=1, cache_salt="salt"),
+    ]
+    scheduler = Whole([evicted, *others])
+    for _ in range(2):
+        scheduler.schedule()
+        scheduler.waiting.prepend_request(evicted)
+    assert (evicted.cache_salt, evicted.block_hashes) == ("salt:id of a", ["with salt:id of a"])
+    assert all(other.cache_salt == "salt" and other.block_hashes == ["old"] for other in others)

@@ -197,6 +197,18 @@ def test_branches_and_values_of_other_sites_and_iterations() -> None:
     assert found(other_site) == (Salt.GRAPH, True)
 
 
+def test_edits_of_a_graph_that_stops_are_the_prompts_own() -> None:
+    def stopping(model: FakeModel, tracer: Any) -> None:
+        with tracer.all():
+            h = model.model.layers[0].output[0]
+            h += V
+            with tracer.cond(model.samples.output[0] == 3):
+                tracer.stop()
+
+    assert found(stopping) == (Salt.PROMPT, False)
+    assert found(lambda m, t: t.stop()) == (Salt.NONE, True)
+
+
 def test_random_edits_are_nobodys() -> None:
     assert found(every(lambda h, m: _iadd(h, torch.randn_like(h)))) == (Salt.UNIQUE, False)
 
