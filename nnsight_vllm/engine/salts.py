@@ -16,9 +16,19 @@ _NAME = "nnsight_vllm"
 
 
 def caching_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes]], Caching]:
-    """A function: how a graph and the cache may meet, given the graph's constants as safetensors bytes by digest."""
+    """A function: how a graph and the cache may meet, given the graph's constants as safetensors bytes by digest.
+
+    Bytes that are no legal graph share nothing; the worker refuses them.
+    """
     trailing = {site.name: len(site.shape) - 1 for site in catalogue.sites}
-    return lambda graph, tensors: caching_of(decode(graph), trailing.__getitem__, lambda digest: _rank(tensors[digest]))
+
+    def caching(graph: bytes, tensors: Mapping[str, bytes]) -> Caching:
+        try:
+            return caching_of(decode(graph), trailing.__getitem__, lambda digest: _rank(tensors[digest]))
+        except Exception:  # a stranger's bytes may be wrong in any way
+            return Caching(Salt.UNIQUE, False)
+
+    return caching
 
 
 def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None) -> str | None:

@@ -12,7 +12,7 @@ from fake_model import HIDDEN, FakeModel, catalogue
 import nnsight_vllm as nv
 from nnsight_vllm import edits
 from nnsight_vllm.engine.salts import caching_by, salt_of
-from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Read, Ref
+from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations, Op, Read, Ref
 from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.plan.caching import Salt
 
@@ -217,6 +217,22 @@ def test_a_view_that_the_recorder_did_not_see_counts_as_a_change() -> None:
     nodes = [Read(3, "model.layers.0.output", None), Op(4, "tensor.t", [Ref(3)]), Op(5, "tensor.zero_", [Ref(4)])]
     graph = Graph(Block([Iterations(1, 0, None, 1, 2, Block(nodes))]))  # type: ignore[arg-type]
     assert caching_by(catalogue())(encode(graph), {}).salt is Salt.PROMPT
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 9,
+        encode(Graph(Block([Read(1, "no.such.site", 0)]))),
+        encode(Graph(Block([Const(1, "0" * 64)]))),
+        encode(Graph(Block([Op(1, "py.getitem", []), Op(2, "py.setitem", [], writes="logits.output")]))),
+    ],
+)
+def test_bytes_that_are_no_legal_graph_share_nothing(data: bytes) -> None:
+    caching = caching_by(catalogue())(data, {})
+    assert caching.salt is Salt.UNIQUE or caching.salt is Salt.NONE
+    assert not caching.reads or caching.salt is Salt.NONE
 
 
 def test_salts_hold_what_they_say() -> None:
