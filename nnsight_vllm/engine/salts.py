@@ -33,18 +33,15 @@ def caching_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes]], C
 
 def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None) -> str | None:
     """The salt of a request's blocks. `own`: what the user asked for, which is part of it. None: plain blocks."""
+    if salt is Salt.NONE:
+        return own
+    if salt is Salt.UNIQUE:
+        return f"{_NAME}:{uuid.uuid4().hex}"
     parts: list[bytes] = [graph, (own or "").encode()]
-    match salt:
-        case Salt.NONE:
-            return own
-        case Salt.GRAPH:
-            pass
-        case Salt.LENGTH:
-            parts.append(len(prompt).to_bytes(8, "little"))
-        case Salt.PROMPT:
-            parts.append(struct.pack(f"<{len(prompt)}q", *prompt))
-        case Salt.UNIQUE:
-            parts.append(uuid.uuid4().bytes)
+    if salt is Salt.LENGTH:
+        parts.append(len(prompt).to_bytes(8, "little"))
+    elif salt is Salt.PROMPT:
+        parts.append(struct.pack(f"<{len(prompt)}q", *prompt))
     found = hashlib.sha256(salt.value.encode())
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
