@@ -128,7 +128,7 @@ class Collector:
         if state is None or state.detokenizer is None:
             return False
         data, output.pooling_output = output.pooling_output, None
-        delta = decode_delta(memoryview(data.numpy().reshape(-1)))
+        delta = decode_delta(memoryview(data.numpy()))
         if self._is_collecting:
             parent = state.parent_req
             public_id = parent.external_req_id if parent is not None else state.external_req_id

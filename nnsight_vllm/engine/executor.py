@@ -183,8 +183,6 @@ class Executor:
     def end_step(self, emitting: Collection[str]) -> dict[str, Tensor]:
         """The step is over. Returns what goes home: a msgpack `Delta` by id, for requests that emit in this step.
 
-        Bytes [n]; [1, n] where the message ends its request, so that the scheduler needn't read it.
-
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
         units: list[Unit] = [*self._alone.values(), *self._groups]
@@ -448,7 +446,7 @@ class Executor:
             request.fail(InterventionError(excess), keep_token=True)
             self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
             message = _tensor(request.outbox.take())
-        sent[request.id] = message[None] if request.outbox.has_ended else message
+        sent[request.id] = message
 
     def _guarded(self, request: Request, work: Callable[[], None]) -> None:
         """Nothing that a graph does may leave the op's body: it would end the engine for everybody."""

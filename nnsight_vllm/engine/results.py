@@ -41,7 +41,6 @@ class Outbox:
         self.stopped = False
         self.keep_token = True
         self.failure: Failure | None = None
-        self.has_ended = False  # with what was taken last
         self.is_empty = True
 
     def save(self, name: str, value: Any) -> None:
@@ -86,13 +85,11 @@ class Outbox:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
         if self.is_empty and sheet is None:
             return None
-        self.has_ended = self.stopped or self.failure is not None
         try:
             data = _encode(self._delta(sheet))
         except Exception as error:
             failure = Failure(type(error).__name__, f"a saved value can't be sent: {describe(error)}")
             data = encode_delta(Delta(failure=failure, keep_token=self.keep_token))
-            self.has_ended = True
         self._clear()
         return data
 

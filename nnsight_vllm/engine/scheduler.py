@@ -1,5 +1,4 @@
-"""vLLM's schedulers, with two rules more: a prompt that carries a graph is computed whole, in one step, and a request whose
-graph stopped or failed ends with that step.
+"""vLLM's schedulers, with one rule more: a prompt that carries a graph is computed whole, in one step.
 
 When what is left of a step's token budget can't take such a prompt, it waits, and whoever came after it waits too:
 first come first served stays true, and since the running ones end, its turn comes. Without graphs around, scheduling
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 
@@ -24,7 +22,6 @@ class Policy:
     waiting: Any
     running: list[Any]
     max_num_scheduled_tokens: int
-    finish_requests: Any
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         for request in self.waiting:
@@ -36,20 +33,6 @@ class Policy:
         finally:
             for request in held:
                 self.waiting.add_request(request)
-
-    def update_from_output(self, scheduled: Any, output: Any) -> Any:
-        """What vLLM makes of a step's output. Requests whose last message is in it go at once, and free their blocks."""
-        made = super().update_from_output(scheduled, output)  # type: ignore[misc]
-        ended = [
-            id
-            for id, message in zip(output.req_ids, output.pooler_output or (), strict=False)
-            if message is not None and message.dtype == torch.uint8 and message.ndim == 2
-        ]
-        if ended:
-            from vllm.v1.request import RequestStatus
-
-            self.finish_requests(ended, RequestStatus.FINISHED_ABORTED)
-        return made
 
     def _hold_back(self) -> list[Any]:
         """Take the first graph's prompt that doesn't fit, and all behind it, out of the queue; in queue order."""

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 
 from nnsight_vllm.engine.scheduler import Policy, Scheduler
@@ -48,12 +47,6 @@ class Base:
         if self.waiting:  # type: ignore[attr-defined]
             self.waiting.pop_request()  # type: ignore[attr-defined]
         return seen
-
-    def update_from_output(self, scheduled: Any, output: Any) -> str:
-        return "made"
-
-    def finish_requests(self, ids: list[str], status: Any) -> None:
-        self.finished = (ids, status.name)
 
 
 class Whole(Policy, Base):
@@ -125,20 +118,6 @@ def test_a_setting_that_would_cut_prompts_is_refused() -> None:
     config = SimpleNamespace(scheduler_config=SimpleNamespace(long_prefill_token_threshold=8))
     with pytest.raises(EngineSettingError, match="long_prefill_token_threshold=8"):
         Scheduler(vllm_config=config)
-
-
-def test_a_request_whose_graph_ended_goes_with_that_step() -> None:
-    scheduler = Whole([])
-    message = torch.zeros(3, dtype=torch.uint8)
-    output = SimpleNamespace(req_ids=["a", "b", "c"], pooler_output=[message, message[None], None])
-    assert scheduler.update_from_output(None, output) == "made"
-    assert scheduler.finished == (["b"], "FINISHED_ABORTED")
-
-
-def test_steps_without_graphs_end_nobody() -> None:
-    scheduler = Whole([])
-    assert scheduler.update_from_output(None, SimpleNamespace(req_ids=["a"], pooler_output=None)) == "made"
-    assert not hasattr(scheduler, "finished")
 
 
 def test_an_evicted_request_with_a_graph_gets_blocks_that_nobody_else_finds() -> None:
