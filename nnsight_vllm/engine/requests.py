@@ -115,6 +115,7 @@ class Request:
     num_drawn: int = 0
     num_saved: int = 0  # bytes sent home
     outbox: Outbox = field(default_factory=Outbox)
+    _lines: dict[int, Lines] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -146,7 +147,9 @@ class Request:
 
     def lines(self, node: int) -> Lines:
         """Its line for an edit."""
-        return Lines.of([self.slots.get(node)])
+        if node not in self._lines:
+            self._lines[node] = Lines.of([self.slots.get(node)])
+        return self._lines[node]
 
     def draw_seed(self) -> int:
         """A seed for the next random operation, the same alone and in any batch."""

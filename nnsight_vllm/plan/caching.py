@@ -85,6 +85,7 @@ class _Value:
     dims: int = 0
     needs_prompt: bool = False
     is_own: bool = False  # a container, or something the graph made for itself
+    is_late: bool = False  # known only behind all of the prompt's sites
 
 
 _NUMBER = _Value(_Of.CONSTANT)
@@ -96,8 +97,10 @@ def caching_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str
     reader.block(graph.body, _Where())
     if reader.is_random and reader.writes:
         return Caching(Salt.UNIQUE, False)
-    if reader.stops and reader.writes:  # a row may have got some of its edits and not the others
+    if reader.may_break_off and reader.writes:  # a row may have got some of its edits and not the others
         reader.writes = {Salt.PROMPT}
+    if reader.may_fail_late and reader.writes:  # and rows of the answer none
+        reader.writes.add(Salt.LENGTH)
     if reader.changes_own:  # what a name stood for when it was looked at may not be what it stands for later
         reader.needs_prompt |= reader.reads_prompt
         reader.writes = {Salt.PROMPT} if reader.writes else set()
@@ -132,7 +135,8 @@ class _Reader:
         self.reads_prompt = False
         self.changes_own = False
         self.is_random = False
-        self.stops = False
+        self.may_break_off = False  # between two sites of the prompt
+        self.may_fail_late = False  # behind them
 
     def block(self, block: Block, where: _Where) -> None:
         for node in block.nodes:
@@ -151,13 +155,13 @@ class _Reader:
             case Op():
                 self._values[node.id] = self._op(node, where)
             case Stop():
-                self.stops = True
+                self._break_off(where.is_prompt)
             case Call():
-                self._values[node.id] = self._mixed(node.args)
+                self._values[node.id] = self._unknown(node.args, where)
             case Save(value=value):
-                self._use([value])
+                self._send([value])
             case Log(args=args):
-                self._use(args)
+                self._send(args)
             case Cond():
                 self._use([node.test])
                 for inner in (node.then, node.orelse):
@@ -179,8 +183,9 @@ class _Reader:
 
     def _site(self, site: str, where: _Where) -> _Value:
         if site in DRAWN:
-            return _Value(_Of.MIXED)
-        return _Value(_Of.ROWS, self._trailing(site), where.is_prompt)
+            self.may_fail_late = True
+            return _Value(_Of.MIXED, is_late=True)
+        return _Value(_Of.ROWS, self._trailing(site), where.is_prompt, is_late=not where.is_prompt)
 
     def _read(self, site: str, where: _Where) -> _Value:
         self.reads_prompt |= where.is_prompt and site not in DRAWN
@@ -212,13 +217,13 @@ class _Reader:
             return self._change(node, where)
         target = self._value(node.args[0]) if node.args else _NUMBER
         if node.name in _CONTAINERS or (changes_container(node.name) and target.is_own and target.of is _Of.MIXED):
-            self._use(node.args)
+            self._send(node.args)
             return _Value(_Of.MIXED, is_own=True)
         if is_inplace(node.name) or node.name in MAY_CHANGE or "out" in node.kwargs:
             self._change_unknown(node, target, where)
             return target
         args = [*node.args, *node.kwargs.values()]
-        found = self._computed(node, name, target, args) or self._mixed(args)
+        found = self._computed(node, name, target, args) or self._unknown(args, where)
         return replace(found, is_own=is_fresh(node.name))
 
     def _computed(self, node: Op, name: str, target: _Value, args: list[Arg]) -> _Value | None:
@@ -249,9 +254,25 @@ class _Reader:
         self._write(node.writes, target if is_known else _Value(_Of.MIXED), rest, where)
         return target
 
+    def _unknown(self, args: Iterable[Arg], where: _Where) -> _Value:
+        """The result of an operation that isn't followed, and that may fail for some values."""
+        args = list(args)
+        is_late = not where.is_prompt or any(self._is_late(arg) for arg in args)
+        self._break_off(not is_late)
+        return replace(self._mixed(args), is_late=is_late)
+
+    def _break_off(self, is_prompt: bool) -> None:
+        self.may_break_off |= is_prompt
+        self.may_fail_late = True
+
+    def _send(self, args: Iterable[Arg]) -> None:
+        self.may_fail_late = True
+        self._use(args)
+
     def _change_unknown(self, node: Op, target: _Value, where: _Where) -> None:
         """In place, on a value that may be the graph's own, or a view of a site that the recorder couldn't see."""
         self.changes_own = True
+        self._break_off(where.is_prompt and not target.is_late)
         if not target.is_own:
             self.writes.add(Salt.PROMPT)
         self._use([*node.args[1:], *node.kwargs.values()])
@@ -315,6 +336,9 @@ class _Reader:
 
     def _has_prompt(self, args: Iterable[Arg]) -> bool:
         return any(self._values[id].needs_prompt for arg in args for id in refs(arg) if id in self._values)
+
+    def _is_late(self, arg: Arg) -> bool:
+        return any(self._values[id].is_late for id in refs(arg) if id in self._values)
 
     def _use(self, args: Iterable[Arg]) -> None:
         """Something else than the rows themselves comes to depend on these."""

@@ -67,6 +67,7 @@ def find_visits(code: Sequence[Instruction], edits: Mapping[int, Edit]) -> dict[
 
 def _visit(code: Sequence[Instruction], start: int, site: str, edits: Mapping[int, Edit]) -> Visit | None:
     whole: set[int] = set()  # values that are the site itself
+    constants: set[int] = set()
     made: set[int] = set()
     done: list[int] = []
     free: list[int] = []
@@ -84,8 +85,8 @@ def _visit(code: Sequence[Instruction], start: int, site: str, edits: Mapping[in
             case Op(name="py.getitem") if _is_one(node.args[0], whole) and node.args[1] == _FULL:
                 whole.add(node.id)
             case Const():
-                pass
-            case Op() if node.name in _PRODUCTS:  # a strength times a vector: part of the edit if nothing else sees it
+                constants.add(node.id)
+            case Op() if _is_product(node, constants):  # part of the edit, since nothing else may see it
                 pass
             case _:
                 return None
@@ -106,6 +107,16 @@ def _leaves(code: Sequence[Instruction], stop: int, site: str) -> bool:
 
 def _is_one(arg: Arg, ids: set[int]) -> bool:
     return isinstance(arg, Ref) and arg.id in ids
+
+
+def _is_product(node: Op, constants: set[int]) -> bool:
+    """Whether it's a vector times a number: that never fails, so it needn't be run where its result is in a line."""
+    if node.name not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return False
+    return any(
+        _is_one(one, constants) and isinstance(other, Ref) and other.id < 0
+        for one, other in (node.args, reversed(node.args))
+    )
 
 
 class _Finder:

@@ -110,7 +110,20 @@ EVERY_ROW = {
 @pytest.mark.parametrize("name", sorted(EVERY_ROW))
 def test_edits_of_each_row_by_itself_are_shared_by_graph(name: str) -> None:
     assert found(every(EVERY_ROW[name])) == (Salt.GRAPH, True)
-    assert found(every(EVERY_ROW[name], save=True)) == (Salt.GRAPH, False)
+
+
+def test_results_may_be_too_large_and_then_later_rows_are_not_edited() -> None:
+    assert found(every(lambda h, m: _iadd(h, V), save=True)) == (Salt.LENGTH, False)
+
+
+def test_an_edit_behind_what_may_fail_is_the_prompts_own() -> None:
+    def looked_up(model: FakeModel, tracer: Any) -> None:
+        row = model.model.layers[0].output[0][2]
+        h = model.model.layers[1].output[0]
+        h += V
+        row.save()
+
+    assert found(looked_up) == (Salt.PROMPT, False)  # a prompt of two rows gets no edit
 
 
 BY_LENGTH = {
