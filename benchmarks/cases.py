@@ -89,7 +89,7 @@ def save_30(host: Host, job: Job) -> Run:
                             state.append(layer.output[0][-1])
                     states.append(saved)
                     done.append(tracer.result.save())
-        complete = [all(_look(state, job.num_tokens, lambda row: row[0]) for state in saved) for saved in states]
+        complete = [all(look(state, job.num_tokens, lambda row: row[0]) for state in saved) for saved in states]
         return Delivered(_tokens(done), sum(complete))
 
     return run
@@ -97,10 +97,10 @@ def save_30(host: Host, job: Job) -> Run:
 
 def gated(host: Host, job: Job) -> Run:
     """Project a direction out where another one is active; save the strongest features of a shared encoder."""
-    draw = _Draw(job)
+    draw = Draw(job)
     directions, probes = draw.vectors(host.hidden), draw.vectors(host.hidden)
     thresholds = (torch.randn(len(job.prompts), generator=draw.generator) * 0.01).tolist()
-    encoder = _encoder(host.hidden)
+    features = encoder(host.hidden)
     model, block = host.engine, host.num_layers // 3
 
     def run() -> Delivered:
@@ -113,17 +113,17 @@ def gated(host: Host, job: Job) -> Run:
                         h = model.model.layers[block].output[0]
                         gate = (h @ p) > t
                         h -= ((h @ d) * gate)[:, None] * d
-                        tops.append((h @ encoder).topk(8))
+                        tops.append((h @ features).topk(8))
                     found.append(tops)
                     done.append(tracer.result.save())
-        return Delivered(_tokens(done), sum(_look(tops, job.num_tokens, lambda top: top[0][-1, 0]) for tops in found))
+        return Delivered(_tokens(done), sum(look(tops, job.num_tokens, lambda top: top[0][-1, 0]) for tops in found))
 
     return run
 
 
 def structures(host: Host, job: Job) -> Run:
     """Programs that differ in their operations, not only in their constants; `structures` of them, in turn."""
-    vectors = _Draw(job).vectors(host.hidden) * 0.1
+    vectors = Draw(job).vectors(host.hidden) * 0.1
     model, block = host.engine, host.num_layers // 3
     num_structures, num_operations = job.options["structures"], job.options["operations"]
 
@@ -142,7 +142,7 @@ def structures(host: Host, job: Job) -> Run:
 
 def logits(host: Host, job: Job) -> Run:
     """Ban 100 tokens, bias 20, save the five best: different ones for every request."""
-    draw = _Draw(job)
+    draw = Draw(job)
     banned, biased = draw.ids(host.vocab, 100), draw.ids(host.vocab, 20)
     biases = torch.randn(len(job.prompts), 20, generator=draw.generator) * 4
     model = host.engine
@@ -160,7 +160,7 @@ def logits(host: Host, job: Job) -> Run:
                         tops.append(scores.topk(5))
                     found.append(tops)
                     done.append(tracer.result.save())
-        return Delivered(_tokens(done), sum(_look(tops, job.num_tokens, lambda top: top[0][0, 0]) for tops in found))
+        return Delivered(_tokens(done), sum(look(tops, job.num_tokens, lambda top: top[0][0, 0]) for tops in found))
 
     return run
 
@@ -184,7 +184,7 @@ def apply_structure(number: int, num_operations: int, h: Any, vector: Tensor) ->
         pair[number >> bit & 1](h, vector)
 
 
-class _Draw:
+class Draw:
     """A round's constants."""
 
     def __init__(self, job: Job) -> None:
@@ -205,7 +205,7 @@ class _Draw:
 _ENCODERS: dict[int, Tensor] = {}
 
 
-def _encoder(hidden: int) -> Tensor:
+def encoder(hidden: int) -> Tensor:
     """[hidden, features]: the same in every round, as a trained one would be."""
     if hidden not in _ENCODERS:
         drawn = torch.randn(hidden, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
@@ -214,7 +214,7 @@ def _encoder(hidden: int) -> Tensor:
 
 
 def _steer(host: Host, job: Job, blocks: list[int]) -> Run:
-    vectors = _Draw(job).vectors(host.hidden) * 4
+    vectors = Draw(job).vectors(host.hidden) * 4
     model = host.engine
 
     def run() -> Delivered:
@@ -247,7 +247,7 @@ def _tokens(done: list[Any]) -> list[list[int]]:
     return [list(result.token_ids) for result in done]
 
 
-def _look(saved: Any, length: int, element: Callable[[Any], Any]) -> bool:
+def look(saved: Any, length: int, element: Callable[[Any], Any]) -> bool:
     """Look at a saved list as its user would. Returns whether everything is there."""
     number = float(element(saved[length // 2]))
     return len(saved) == length and number == number

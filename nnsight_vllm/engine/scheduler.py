@@ -1,8 +1,11 @@
-"""vLLM's schedulers, with one rule more: a prompt that carries a graph is computed whole, in one step.
+"""vLLM's schedulers, with two rules more.
 
-When what is left of a step's token budget can't take such a prompt, it waits, and whoever came after it waits too:
-first come first served stays true, and since the running ones end, its turn comes. Without graphs around, scheduling
-is vLLM's own.
+A prompt that carries a graph is computed whole, in one step. When what is left of a step's token budget can't take such a
+prompt, it waits, and whoever came after it waits too: first come first served stays true, and since the running ones
+end, its turn comes.
+
+Where memory for keys and values runs out, requests without graphs are evicted first: vLLM computes them again as they were,
+while a graph starts again from its prompt. Without graphs around, scheduling is vLLM's own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncSchedu
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 
 from nnsight_vllm.engine.compat import graph_of
+from nnsight_vllm.engine.messages import Packed
 from nnsight_vllm.errors import EngineSettingError
 
 
@@ -22,17 +26,31 @@ class Policy:
     waiting: Any
     running: list[Any]
     max_num_scheduled_tokens: int
+    kv_cache_manager: Any
+    block_size: int
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         for request in self.waiting:
             if request.num_preemptions and _has_graph(request):
                 _set_apart(request)
+        if self._may_evict():  # it takes the last ones
+            self.running.sort(key=_has_graph, reverse=True)
         held = self._hold_back()
         try:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             for request in held:
                 self.waiting.add_request(request)
+
+    def update_from_output(self, scheduled: Any, output: Any) -> Any:
+        if isinstance(output.pooler_output, Packed):
+            output.pooler_output = output.pooler_output.unpacked(len(output.req_ids))
+        return super().update_from_output(scheduled, output)  # type: ignore[misc]
+
+    def _may_evict(self) -> bool:
+        """Whether this step may need more blocks than are free: one for each that runs, and those of all its tokens."""
+        most = len(self.running) + self.max_num_scheduled_tokens // self.block_size
+        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < most)
 
     def _hold_back(self) -> list[Any]:
         """Take the first graph's prompt that doesn't fit, and all behind it, out of the queue; in queue order."""
@@ -59,11 +77,11 @@ class Policy:
 
 
 class SyncScheduler(Policy, VllmScheduler):
-    """vLLM's scheduler, prompts with graphs whole."""
+    """vLLM's scheduler, with rules for graphs."""
 
 
 class AsyncScheduler(Policy, VllmAsyncScheduler):
-    """vLLM's scheduler for asynchronous scheduling, prompts with graphs whole."""
+    """vLLM's scheduler for asynchronous scheduling, with rules for graphs."""
 
 
 def Scheduler(**kwargs: Any) -> SyncScheduler | AsyncScheduler:

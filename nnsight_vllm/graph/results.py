@@ -63,7 +63,8 @@ class Stats(Struct, frozen=True):
     Operations of programs, each counted once a request: `batched` ran for a whole group of requests at once, `one_by_one`
     in a group but request by request, `alone` for a request that nobody shared its place and program with. `prevented`
     says of `one_by_one` how often each operation was why. `programs` are compiled and kept; `program_hits` and
-    `program_misses` count requests whose program was there already, or not.
+    `program_misses` count requests whose program was there already, or not. `restarted`: how often a request was run again
+    because the engine had evicted it.
     """
 
     batched: int = 0
@@ -73,6 +74,7 @@ class Stats(Struct, frozen=True):
     programs: int = 0
     program_hits: int = 0
     program_misses: int = 0
+    restarted: int = 0
 
 
 class Failure(Struct, frozen=True):

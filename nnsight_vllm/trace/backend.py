@@ -83,6 +83,11 @@ class Outcome:
     result: Result
     samples: list[Sample]
 
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the engine took its memory away, so that running it again may do better."""
+        return any(sample.failure is not None and sample.failure.retryable for sample in self.samples)
+
 
 class Backend(Protocol):
     """An engine as a trace sees it."""

@@ -1,4 +1,4 @@
-"""What graphs are kept from: settings refused at start, preemption, the prefix cache, sites that aren't instrumented."""
+"""What graphs are kept from: settings refused at start, the prefix cache, sites that aren't instrumented."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from nnsight_vllm import VLLM
 from nnsight_vllm.engine.settings import engine_arguments
-from nnsight_vllm.errors import EngineSettingError, PreemptedError, RefusedError
+from nnsight_vllm.errors import EngineSettingError, RefusedError
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -78,34 +78,6 @@ def test_the_users_additional_config_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     arguments = engine_arguments({"additional_config": {"mine": 1}, "seed": 3}, ["b", "a"])
     assert arguments["additional_config"] == {"mine": 1, "nnsight_vllm": {"sites": ["a", "b"]}}
     assert arguments["seed"] == 3
-
-
-@pytest.mark.parametrize("is_over", [False, True], ids=["running", "over"])
-def test_a_preempted_request_with_a_graph_fails_retryably_and_the_others_run_on(
-    engines: Engines, tiny_checkpoint: Callable[[str], str], is_over: bool
-) -> None:
-    model = engines(
-        tiny_checkpoint("llama"),
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=4,
-        num_gpu_blocks_override=12,
-        block_size=32,
-    )
-    results: list[Any] = []
-    with pytest.raises((PreemptedError, ExceptionGroup)) as caught:
-        with model.trace(temperature=0.0, max_tokens=100, ignore_eos=True) as tracer:
-            for i in range(4):
-                with tracer.invoke([i + 3, *PROMPT[:60]]):
-                    if i % 2:
-                        model.model.layers[0].output[0].save()
-                        with tracer.iter[0:1] if is_over else tracer.all():
-                            model.model.layers[1].output[0][:] += 0.1
-                    results.append(tracer.result.save() if not i % 2 else None)
-    errors = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else (caught.value,)
-    assert all(isinstance(error, PreemptedError) and error.retryable for error in errors)
-    assert [len(result.token_ids) for result in results if result is not None] == [100, 100]
-    model.check_integrity()
 
 
 def test_edited_state_never_reaches_the_prefix_cache_of_others(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nnsight_vllm import edits
-from nnsight_vllm.errors import PreemptedError
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -258,11 +257,12 @@ def test_what_was_computed_for_an_evicted_request_is_found_by_nobody(
     model.llm.reset_prefix_cache()
     edited = steering(5)
     prompts = [[i + 3, *prompt(12, 70)] for i in range(4)]
-    with pytest.raises((PreemptedError, ExceptionGroup)):
-        with model.trace(temperature=0.0, max_tokens=100, ignore_eos=True) as tracer:
-            for ids in prompts:
-                with tracer.invoke(ids):
-                    edited(model, tracer)
+    before = model.stats().restarted
+    with model.trace(temperature=0.0, max_tokens=100, ignore_eos=True) as tracer:
+        for ids in prompts:
+            with tracer.invoke(ids):
+                edited(model, tracer)
+    assert model.stats().restarted > before
     after = [run(model, ids, edited, 6)[0] for ids in prompts]
     model.llm.reset_prefix_cache()
     alone = [run(model, ids, edited, 6)[0] for ids in prompts]

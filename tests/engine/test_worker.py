@@ -174,10 +174,19 @@ def test_without_graphs_prompts_are_cut_as_ever(engine: RawEngine) -> None:
 def test_an_evicted_request_fails_and_may_be_sent_again(engine: RawEngine) -> None:
     ids = [3 + i for i in range(30)]
     params = {"max_tokens": 60}
-    first, evicted = engine.generate(plain(ids, **params), (ids[::-1], PUSH, params))
+    first, evicted = engine.generate((ids, PUSH, params), (ids[::-1], PUSH, params))
     (failure,) = [delta.failure for delta in evicted.deltas if delta.failure]
     assert (failure.kind, failure.retryable) == ("PreemptedError", True)
-    assert first.tokens == engine.generate(plain(ids, **params))[0].tokens
+    assert first.tokens == engine.generate((ids, PUSH, params))[0].tokens
+
+
+def test_one_without_a_graph_is_evicted_before_one_with(engine: RawEngine) -> None:
+    ids = [3 + i for i in range(30)]
+    params = {"max_tokens": 60}
+    evicted, first = engine.generate(plain(ids, **params), (ids[::-1], PUSH, params))
+    assert evicted.failures == first.failures == []
+    assert first.tokens == engine.generate((ids[::-1], PUSH, params))[0].tokens
+    assert evicted.tokens == engine.generate(plain(ids, **params))[0].tokens
 
 
 def test_a_prompt_that_no_step_can_take_fails_instead_of_waiting(engine: RawEngine) -> None:
