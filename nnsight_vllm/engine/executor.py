@@ -88,6 +88,7 @@ class Executor:
         self._batching = batching
         self._limits = limits
         self._num_saved = 0  # bytes sent home of the requests that live
+        self._unsent: set[str] = set()
         self._tables = Tables(device)
         self._visits = Visits(device)
         self._interpreter = Interpreter(table.orders, table.calls, device)
@@ -101,7 +102,8 @@ class Executor:
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
-        request = Request(arrival.request_id, arrival.prompt_length, arrival.seed)
+        outbox = Outbox(arrival.request_id, self._unsent)
+        request = Request(arrival.request_id, arrival.prompt_length, arrival.seed, outbox=outbox)
         self.requests[request.id] = self._alone[request.id] = request
         self._guarded(request, lambda: self._load(request, arrival))
 
@@ -116,6 +118,7 @@ class Executor:
             self._alone.pop(id, None)
             self._num_saved -= request.num_saved
             self._tables.release(request.slots.values())
+            self._unsent.discard(id)
         self._visits.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
@@ -204,6 +207,7 @@ class Executor:
         members = [member for group in self._groups for member in group.members]
         found += [f"request {r.id} is in a group and unknown" for r in members if r.id not in self.requests]
         found += [f"a site of a group of {len(group)}" for group in self._groups if group.place is not None]
+        found += [f"results of request {id}, which ended" for id in self._unsent.difference(self.requests)]
         num_lines = sum(len(request.slots) for request in self.requests.values())
         if self._tables.num_users != num_lines:
             found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
@@ -414,9 +418,9 @@ class Executor:
             elif group.sheet.columns:
                 group.spill()
             group.sheet.clear()
-        for id in emitting if len(done) < len(emits) else ():
-            request = None if id in done else self.requests.get(id)
-            if request is not None and (data := request.outbox.take()) is not None:
+        for id in [id for id in emitting if id in self._unsent and id not in done] if self._unsent else ():
+            request = self.requests[id]
+            if (data := request.outbox.take()) is not None:
                 self._send(request, _tensor(data), sent)
         return sent
 
@@ -426,7 +430,7 @@ class Executor:
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
         excess = self._limits.excess(group.most_saved + size, self._num_saved + size * len(members))
-        if not excess and all([member.outbox.is_empty for member in members]):
+        if not excess and self._unsent.isdisjoint(group.ids):
             self._num_saved += size * len(members)
             group.num_saved += size
             sent.together.append((group.locate(self._step), lines))
@@ -444,7 +448,7 @@ class Executor:
         self._num_saved += message.numel()
         excess = self._limits.excess(request.num_saved, self._num_saved)
         if excess and request.status is not Status.FAILED:
-            request.outbox = Outbox()
+            request.outbox = Outbox(request.id, self._unsent)
             request.fail(InterventionError(excess), keep_token=True)
             self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
             message = _tensor(request.outbox.take())

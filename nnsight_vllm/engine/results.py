@@ -30,9 +30,14 @@ MAX_MESSAGE = 4096
 
 
 class Outbox:
-    """One request's results since the last time they were sent. `is_empty`: there is surely nothing to send."""
+    """One request's results since the last time they were sent.
 
-    def __init__(self) -> None:
+    Its `id` is in `unsent`, which all requests share, as long as there may be something to send: a step doesn't ask each.
+    """
+
+    def __init__(self, id: str = "", unsent: set[str] | None = None) -> None:
+        self._id = id
+        self._unsent = set() if unsent is None else unsent
         self._values: dict[str, Any] = {}
         self._followed: dict[str, Followed] = {}
         self._changed: set[int] = set()  # storages that in-place operations touched
@@ -41,11 +46,14 @@ class Outbox:
         self.stopped = False
         self.keep_token = True
         self.failure: Failure | None = None
-        self.is_empty = True
+
+    @property
+    def is_empty(self) -> bool:
+        return self._id not in self._unsent
 
     def save(self, name: str, value: Any) -> None:
         """A tensor as it is now; a list or dict from now on."""
-        self.is_empty = False
+        self._unsent.add(self._id)
         if isinstance(value, list | dict):
             self._values.pop(name, None)
             if name not in self._followed or self._followed[name].value is not value:
@@ -56,18 +64,18 @@ class Outbox:
 
     def start(self, name: str) -> None:
         """A list that items will be appended to, and that nobody reads."""
-        self.is_empty = False
+        self._unsent.add(self._id)
         self._values[name] = []
 
     def append(self, name: str, value: Any) -> None:
         """One item more of a list that is saved under this name and that nobody reads."""
-        self.is_empty = False
+        self._unsent.add(self._id)
         started = self._values.get(name)
         items = started if isinstance(started, list) else self._appended.setdefault(name, [])
         items.append(frozen_copy(value))
 
     def log(self, text: str) -> None:
-        self.is_empty = False
+        self._unsent.add(self._id)
         self._logs.append(text)
 
     def changed(self, value: Any) -> None:
@@ -76,10 +84,12 @@ class Outbox:
             self._changed.add(value.untyped_storage().data_ptr())
 
     def stop(self, keep_token: bool) -> None:
-        self.stopped, self.keep_token, self.is_empty = True, keep_token, False
+        self._unsent.add(self._id)
+        self.stopped, self.keep_token = True, keep_token
 
     def fail(self, failure: Failure, keep_token: bool) -> None:
-        self.failure, self.keep_token, self.is_empty = failure, keep_token, False
+        self._unsent.add(self._id)
+        self.failure, self.keep_token = failure, keep_token
 
     def take(self, sheet: Sheet | None = None) -> bytes | None:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
@@ -105,7 +115,8 @@ class Outbox:
     def _clear(self) -> None:
         self._values, self._logs, self._changed, self._appended = {}, [], set(), {}
         self.stopped, self.keep_token, self.failure = False, True, None
-        self.is_empty = not self._followed
+        if not self._followed:
+            self._unsent.discard(self._id)
 
 
 def describe(error: BaseException) -> str:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import nnsight_vllm as nv
-from nnsight_vllm.engine.scheduler import Policy
 from nnsight_vllm.errors import PreemptedError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.backend import Sample
@@ -221,20 +220,3 @@ def test_where_even_one_has_no_room_each_fails_retryably(model: VLLM, monkeypatc
         with model.trace([1, 2, 3], max_tokens=2):
             model.model.layers[0].output[0].save()
     assert caught.value.retryable
-
-
-def test_only_where_memory_is_short_the_order_changes() -> None:
-    class Pool:
-        def get_num_free_blocks(self) -> int:
-            return free
-
-    class Manager:
-        block_pool = Pool()
-
-    policy = Policy()
-    policy.kv_cache_manager, policy.block_size, policy.max_num_scheduled_tokens = Manager(), 16, 64
-    policy.running = [object()] * 3
-    free = 7
-    assert not policy._may_evict()
-    free = 6
-    assert policy._may_evict()

@@ -58,6 +58,9 @@ class Whole(Policy, Base):
             self.waiting.add_request(request)
         self.running = list(running)
         self.max_num_scheduled_tokens = BUDGET
+        self.block_size = 16
+        self.num_free = 1000
+        self.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=lambda: self.num_free))
 
 
 def names(scheduler: Whole) -> list[str]:
@@ -132,3 +135,15 @@ def test_an_evicted_request_with_a_graph_gets_blocks_that_nobody_else_finds() ->
         scheduler.waiting.prepend_request(evicted)
     assert (evicted.cache_salt, evicted.block_hashes) == ("salt:id of a", ["with salt:id of a"])
     assert all(other.cache_salt == "salt" and other.block_hashes == ["old"] for other in others)
+
+
+def test_where_memory_is_short_requests_without_graphs_come_last() -> None:
+    scheduler = Whole(
+        [], [FakeRequest("a", 9), FakeRequest("b", 9, True), FakeRequest("c", 9), FakeRequest("d", 9, True)]
+    )
+    scheduler.num_free = BUDGET // 16 + 4
+    scheduler.schedule()
+    assert "".join(request.name for request in scheduler.running) == "abcd"
+    scheduler.num_free -= 1
+    scheduler.schedule()
+    assert "".join(request.name for request in scheduler.running) == "bdac"
