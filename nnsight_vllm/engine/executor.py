@@ -453,6 +453,8 @@ class Executor:
             self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
             message = _tensor(request.outbox.take())
         sent.single[request.id] = message
+        if request.outbox.has_ended:
+            sent.last.add(request.id)
 
     def _settle(self) -> None:
         for group in self._groups:

@@ -17,9 +17,13 @@ from nnsight_vllm.engine.lanes import Ints
 
 @dataclass
 class Messages:
-    """Of one step. `single`: by request. `together`: requests by their places in the batch, and a line [bytes] for each."""
+    """Of one step. `single`: by request. `together`: requests by their places in the batch, and a line [bytes] for each.
+
+    `last`: requests whose graph stopped or failed, so that this is their last message.
+    """
 
     single: dict[str, Tensor] = field(default_factory=dict)
+    last: set[str] = field(default_factory=set)
     together: list[tuple[Ints, Tensor]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -28,15 +32,16 @@ class Messages:
     def packed(self, index: Mapping[str, int]) -> Packed:
         """For the journey; `index`: places in the batch by request."""
         places = [(index[id], message) for id, message in self.single.items()]
-        return Packed(places, [(torch.from_numpy(at), lines) for at, lines in self.together])
+        return Packed(places, [(torch.from_numpy(at), lines) for at, lines in self.together], self.last)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Messages by their places in the batch."""
+    """Messages by their places in the batch; `last` by request."""
 
     single: list[tuple[int, Tensor]]
     together: list[tuple[Tensor, Tensor]]
+    last: set[str]
 
     def unpacked(self, num_requests: int) -> list[Tensor | None]:
         """A message or none for each request of the batch."""

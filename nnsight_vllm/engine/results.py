@@ -33,6 +33,7 @@ class Outbox:
     """One request's results since the last time they were sent.
 
     Its `id` is in `unsent`, which all requests share, as long as there may be something to send: a step doesn't ask each.
+    `has_ended`: what was taken last said that the request stopped or failed.
     """
 
     def __init__(self, id: str = "", unsent: set[str] | None = None) -> None:
@@ -46,6 +47,7 @@ class Outbox:
         self.stopped = False
         self.keep_token = True
         self.failure: Failure | None = None
+        self.has_ended = False
 
     @property
     def is_empty(self) -> bool:
@@ -95,11 +97,13 @@ class Outbox:
         """Everything new as a msgpack `Delta`, or None. What can't be sent turns into a failure."""
         if self.is_empty and sheet is None:
             return None
+        self.has_ended = self.stopped or self.failure is not None
         try:
             data = _encode(self._delta(sheet))
         except Exception as error:
             failure = Failure(type(error).__name__, f"a saved value can't be sent: {describe(error)}")
             data = encode_delta(Delta(failure=failure, keep_token=self.keep_token))
+            self.has_ended = True
         self._clear()
         return data
 

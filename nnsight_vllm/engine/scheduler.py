@@ -1,19 +1,25 @@
-"""vLLM's schedulers, with two rules more.
+"""vLLM's schedulers, with three rules more.
 
 A prompt that carries a graph is computed whole, in one step. When what is left of a step's token budget can't take such a
 prompt, it waits, and whoever came after it waits too: first come first served stays true, and since the running ones
 end, its turn comes.
 
 Where memory for keys and values runs out, requests without graphs are evicted first: vLLM computes them again as they were,
-while a graph starts again from its prompt. Without graphs around, scheduling is vLLM's own.
+while a graph starts again from its prompt.
+
+A request whose graph stopped or failed ends with that step, and its blocks are free. Without graphs around, scheduling is
+vLLM's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
 
 from nnsight_vllm.engine.compat import graph_of
 from nnsight_vllm.engine.messages import Packed
@@ -27,6 +33,7 @@ class Policy:
     running: list[Any]
     max_num_scheduled_tokens: int
     kv_cache_manager: Any
+    finish_requests: Any
     block_size: int
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,9 +50,24 @@ class Policy:
                 self.waiting.add_request(request)
 
     def update_from_output(self, scheduled: Any, output: Any) -> Any:
-        if isinstance(output.pooler_output, Packed):
-            output.pooler_output = output.pooler_output.unpacked(len(output.req_ids))
-        return super().update_from_output(scheduled, output)  # type: ignore[misc]
+        """vLLM's own, with our messages among its outputs; requests whose last one is there go at once."""
+        packed = output.pooler_output
+        if not isinstance(packed, Packed):
+            return super().update_from_output(scheduled, output)  # type: ignore[misc]
+        output.pooler_output = packed.unpacked(len(output.req_ids))
+        made = super().update_from_output(scheduled, output)  # type: ignore[misc]
+        if packed.last:
+            self._end(one for client in made.values() for one in client.outputs if one.request_id in packed.last)
+        return made
+
+    def _end(self, outputs: Iterable[Any]) -> None:
+        """Make these the last outputs of their requests. `ABORT` keeps a detokenizer from dropping a token as a stop's."""
+        ended = []
+        for output in outputs:
+            ended.append(output.request_id)
+            if output.finish_reason is None:
+                output.finish_reason = FinishReason.ABORT
+        self.finish_requests(ended, RequestStatus.FINISHED_ABORTED)
 
     def _may_evict(self) -> bool:
         """Whether this step may need more blocks than are free: one for each that runs, and those of all its tokens."""

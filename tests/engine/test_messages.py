@@ -13,9 +13,10 @@ from nnsight_vllm.engine.messages import Messages
 def test_each_message_arrives_at_its_place() -> None:
     one = torch.tensor([9], dtype=torch.uint8)
     lines = torch.arange(6, dtype=torch.uint8).reshape(3, 2)
-    sent = Messages({"c": one}, [(np.array([4, 0, 3]), lines)])
+    sent = Messages({"c": one}, {"c"}, [(np.array([4, 0, 3]), lines)])
     packed = pickle.loads(pickle.dumps(sent.packed({"a": 0, "b": 1, "c": 2, "d": 3, "e": 4})))
     found = packed.unpacked(6)
+    assert packed.last == {"c"}
     assert [None if message is None else message.tolist() for message in found] == [
         [2, 3],
         None,

@@ -9,7 +9,7 @@ from checkpoints import VOCAB
 from raw_engine import Answer, RawEngine
 from toy import graph, value_of
 
-from nnsight_vllm.graph.nodes import Block, Call, Iterations, Op, Read, Ref, Save, Slice, Tuple, Write
+from nnsight_vllm.graph.nodes import Block, Call, Iterations, Op, Read, Ref, Save, Slice, Stop, Tuple, Write
 
 RESIDUAL = "model.layers.1.output"
 PROMPT = [1, 5, 9, 40]
@@ -200,3 +200,29 @@ def test_state_is_reported_until_its_request_ends(engine: RawEngine) -> None:
     assert len(executor.requests) == 1  # the worker hears of the end with the next step
     assert engine.leftovers() == []
     assert executor.requests == {}
+
+
+STOPS: dict[str, list[Any]] = {
+    "stops": [Read(2, "samples.output", None), Stop(3)],
+    "fails": [Read(2, "samples.output", None), Op(3, "py.getitem", [Ref(2), 99])],
+}
+
+
+@pytest.mark.parametrize("how", sorted(STOPS))
+def test_a_request_ends_in_the_step_in_which_its_graph_does(engine: RawEngine, how: str) -> None:
+    ending = graph(Iterations(0, 3, None, 1, 1, Block(STOPS[how])))
+    params = {"max_tokens": 40, "min_tokens": 30}
+    ended, other = engine.generate((PROMPT, ending, params), plain(PROMPT, max_tokens=12))
+    assert (len(ended.tokens), ended.output.outputs[0].finish_reason) == (4, "abort")
+    assert [delta.stopped or delta.failure is not None for delta in ended.deltas] == [True]
+    num_steps = sum(0 in rows for rows in engine.steps)
+    is_async = engine.core.scheduler.vllm_config.scheduler_config.async_scheduling
+    assert num_steps == (5 if is_async else 4)  # the next step was on its way
+    assert other.tokens == engine.generate(plain(PROMPT, max_tokens=12))[0].tokens
+
+
+def test_a_graph_that_ends_with_its_request_ends_it_once(engine: RawEngine) -> None:
+    ending = graph(Iterations(0, 3, None, 1, 1, Block(STOPS["stops"])))
+    (ended,) = engine.generate((PROMPT, ending, {"max_tokens": 4}))
+    assert (len(ended.tokens), ended.output.outputs[0].finish_reason) == (4, "length")
+    assert engine.leftovers() == []
