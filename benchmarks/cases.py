@@ -98,9 +98,9 @@ def save_30(host: Host, job: Job) -> Run:
 def gated(host: Host, job: Job) -> Run:
     """Project a direction out where another one is active; save the strongest features of a shared encoder."""
     draw = Draw(job)
-    directions, probes = draw.vectors(host.hidden), draw.vectors(host.hidden)
+    directions, probes = draw.vectors(host), draw.vectors(host)
     thresholds = (torch.randn(len(job.prompts), generator=draw.generator) * 0.01).tolist()
-    features = encoder(host.hidden)
+    features = encoder(host)
     model, block = host.engine, host.num_layers // 3
 
     def run() -> Delivered:
@@ -123,7 +123,7 @@ def gated(host: Host, job: Job) -> Run:
 
 def structures(host: Host, job: Job) -> Run:
     """Programs that differ in their operations, not only in their constants; `structures` of them, in turn."""
-    vectors = Draw(job).vectors(host.hidden) * 0.1
+    vectors = Draw(job).vectors(host) * 0.1
     model, block = host.engine, host.num_layers // 3
     num_structures, num_operations = job.options["structures"], job.options["operations"]
 
@@ -191,11 +191,11 @@ class Draw:
         self.generator = torch.Generator().manual_seed(job.seed)
         self._num = len(job.prompts)
 
-    def vectors(self, hidden: int) -> Tensor:
+    def vectors(self, host: Host) -> Tensor:
         """[requests, hidden], unit length, in the model's dtype."""
-        drawn = torch.randn(self._num, hidden, generator=self.generator)
+        drawn = torch.randn(self._num, host.hidden, generator=self.generator)
         unit: Tensor = drawn / drawn.norm(dim=-1, keepdim=True)
-        return unit.to(torch.bfloat16)
+        return unit.to(getattr(torch, host.dtype))
 
     def ids(self, vocab: int, count: int) -> Tensor:
         """[requests, count], without repeats in a row."""
@@ -205,16 +205,16 @@ class Draw:
 _ENCODERS: dict[int, Tensor] = {}
 
 
-def encoder(hidden: int) -> Tensor:
+def encoder(host: Host) -> Tensor:
     """[hidden, features]: the same in every round, as a trained one would be."""
-    if hidden not in _ENCODERS:
-        drawn = torch.randn(hidden, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
-        _ENCODERS[hidden] = (drawn / hidden**0.5).to(torch.bfloat16)
-    return _ENCODERS[hidden]
+    if host.hidden not in _ENCODERS:
+        drawn = torch.randn(host.hidden, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
+        _ENCODERS[host.hidden] = (drawn / host.hidden**0.5).to(getattr(torch, host.dtype))
+    return _ENCODERS[host.hidden]
 
 
 def _steer(host: Host, job: Job, blocks: list[int]) -> Run:
-    vectors = Draw(job).vectors(host.hidden) * 4
+    vectors = Draw(job).vectors(host) * 4
     model = host.engine
 
     def run() -> Delivered:

@@ -68,12 +68,13 @@ Reply = Done | Ready | Failed
 
 @dataclass(frozen=True)
 class Host:
-    """What a piece of work runs on: `engine` is a `vllm.LLM`, our `VLLM`, or a peer's model."""
+    """What a piece of work runs on: `engine` is a `vllm.LLM`, our `VLLM`, or a peer's model; `dtype` is the model's."""
 
     engine: Any
     hidden: int
     num_layers: int
     vocab: int
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ def save_30(host: Host, job: Job) -> Callable[[], Delivered]:
 def gated(host: Host, job: Job) -> Callable[[], Delivered]:
     """As in `cases`."""
     draw = Draw(job)
-    directions, probes = draw.vectors(host.hidden), draw.vectors(host.hidden)
+    directions, probes = draw.vectors(host), draw.vectors(host)
     thresholds = (torch.randn(len(job.prompts), generator=draw.generator) * 0.01).tolist()
-    matrix, layer = encoder(host.hidden), host.engine.model.layers[host.num_layers // 3]
+    matrix, layer = encoder(host), host.engine.model.layers[host.num_layers // 3]
 
     def step_of(number: int) -> Step:
         d, p, t = directions[number].clone(), probes[number].clone(), thresholds[number]
@@ -109,7 +109,7 @@ def logits(host: Host, job: Job) -> Callable[[], Delivered]:
 
 
 def _steer(host: Host, job: Job, blocks: list[int]) -> Callable[[], Delivered]:
-    vectors = Draw(job).vectors(host.hidden) * 4
+    vectors = Draw(job).vectors(host) * 4
     layers = [host.engine.model.layers[block] for block in blocks]
 
     def step_of(number: int) -> Step:
@@ -135,16 +135,19 @@ def _run(
 
     def run() -> Delivered:
         with model.trace(**job.sampling) as tracer:
-            found: Any = [[] for _ in prompts]
+            found: Any = [None] * len(prompts)
             found.save()
-            tokens: Any = [[] for _ in prompts]
+            tokens: Any = [None] * len(prompts)
             tokens.save()
             for number, prompt in enumerate(prompts):
                 step = step_of(number)
                 with tracer.invoke(prompt):
+                    values: list[Any] = []
+                    ids: list[Any] = []
                     for _ in tracer.iter[0:num_tokens]:
-                        step(found[number])
-                        tokens[number].append(model.samples.clone())
+                        step(values)
+                        ids.append(model.samples.clone())
+                    found[number], tokens[number] = values, ids
         complete = [is_complete(values) for values in found] if is_complete else []
         return Delivered([[int(id) for id in ids] for ids in tokens], sum(complete))
 

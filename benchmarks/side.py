@@ -71,7 +71,9 @@ def _say(replies: BinaryIO, reply: Reply) -> None:
 def _open(start: Start) -> tuple[Host, Callable[[], None]]:
     engine, close = _OPENERS[start.kind](start)
     config = json.loads((Path(start.checkpoint) / "config.json").read_text())
-    return Host(engine, config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]), close
+    return Host(
+        engine, config["hidden_size"], config["num_hidden_layers"], config["vocab_size"], start.arguments["dtype"]
+    ), close
 
 
 def _stock(start: Start) -> tuple[Any, Callable[[], None]]:
