@@ -22,7 +22,7 @@ def test_the_code_of_a_page_runs(
     page: str, engines: Engines, smollm2: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def shared(checkpoint: str, **keywords: Any) -> nnsight_vllm.VLLM:
-        return engines(checkpoint, **{"dtype": "auto", **keywords})
+        return engines(checkpoint, **keywords)
 
     monkeypatch.setattr(nnsight_vllm, "VLLM", shared, raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
