@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nnsight_vllm.trace.builtins import log as log
     from nnsight_vllm.trace.builtins import str as str
     from nnsight_vllm.trace.builtins import tuple as tuple
+    from nnsight_vllm.trace.events import Event as Event
 
 __version__ = "0.1.0"
 
@@ -61,11 +62,12 @@ _BUILTINS = ("bool", "dict", "float", "int", "list", "log", "str", "tuple")
 _HOMES = {
     "VLLM": "nnsight_vllm.model",
     "demo_model": "nnsight_vllm.demo",
+    "Event": "nnsight_vllm.trace.events",
     **_builtins.dict.fromkeys(_ERRORS, "nnsight_vllm.errors"),
     **_builtins.dict.fromkeys(_BUILTINS, "nnsight_vllm.trace.builtins"),
 }
 
-__all__ = ["VLLM", "demo_model", *_ERRORS]  # no builtins: `import *` must not replace Python's own
+__all__ = ["VLLM", "Event", "demo_model", *_ERRORS]  # no builtins: `import *` must not replace Python's own
 
 
 if not TYPE_CHECKING:  # a type checker must not take every name for a public one

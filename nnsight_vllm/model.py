@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from asyncio import AbstractEventLoop
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoint, check_sites
+from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.graph.results import Stats
+from nnsight_vllm.trace.async_tracer import AsyncTracer
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
@@ -15,24 +18,32 @@ from nnsight_vllm.trace.tree import Tree
 if TYPE_CHECKING:
     from typing import Self
 
+    from nnsight_vllm.engine.async_front import AsyncEngine
     from nnsight_vllm.engine.front import Engine
 
 
 class _Start:
     """Starts the engine when it is first needed, once, whichever thread asks."""
 
-    def __init__(self, model: str, sites: Sites, ours: dict[str, object], arguments: dict[str, Any]) -> None:
-        self._model, self._sites, self._ours, self._arguments = model, sites, ours, arguments
+    def __init__(self, kind: str, model: str, sites: Sites, ours: dict[str, object], arguments: dict[str, Any]) -> None:
+        self._kind, self._model, self._sites, self._ours, self._arguments = kind, model, sites, ours, arguments
         self._running: Engine | None = None
         self._lock = threading.Lock()
 
     def engine(self) -> Engine:
         with self._lock:
             if self._running is None:
-                from nnsight_vllm.engine.front import Engine
-
-                self._running = Engine(self._model, dict(self._arguments), self._sites, ours=self._ours)
+                self._running = self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
             return self._running
+
+    def _class(self) -> type[Engine]:
+        if self._kind == "async":
+            from nnsight_vllm.engine.async_front import AsyncEngine
+
+            return AsyncEngine
+        from nnsight_vllm.engine.front import Engine
+
+        return Engine
 
     def close(self) -> None:
         with self._lock:
@@ -44,7 +55,8 @@ class _Start:
 class VLLM(Envoy):
     """A vLLM engine with Hugging Face's module tree.
 
-    `arguments` are any of `vllm.LLM`. The engine starts at first use, or at once with `dispatch=True`. `sites` says
+    `arguments` are any of `vllm.LLM`. With `mode="async"` the engine is vLLM's `AsyncLLM`: a trace is recorded as ever, and runs
+    when it is awaited or streamed; traces of many tasks run together. The engine starts at first use, or at once with `dispatch=True`. `sites` says
     which modules are instrumented: "all", "blocks" (decoder blocks, embeddings, final norm and head), or patterns of
     module paths; logits and samples always are. With `batching=False` every request's program runs by itself, which is
     slower and gives the same results. A request that sends home more than `max_saved_bytes` of results fails, as does the
@@ -55,6 +67,7 @@ class VLLM(Envoy):
         self,
         model: str,
         *,
+        mode: str = "sync",
         sites: Sites = "all",
         dispatch: bool = False,
         batching: bool = True,
@@ -62,19 +75,21 @@ class VLLM(Envoy):
         max_saved_bytes_in_all: int = 8 << 30,
         **arguments: Any,
     ) -> None:
+        if mode not in {"sync", "async"}:
+            raise EngineSettingError(f"mode={mode!r}: expected 'sync' or 'async'")
         check_arguments(arguments)
         check_sites(sites)
         check_checkpoint(str(model))
         limits = {"request": max_saved_bytes, "engine": max_saved_bytes_in_all}
         ours: dict[str, object] = {"batching": batching, "limits": limits}
-        self.__dict__.update(_path="", _start=_Start(str(model), sites, ours, arguments))
+        self.__dict__.update(_path="", _mode=mode, _start=_Start(mode, str(model), sites, ours, arguments))
         if dispatch:
             _ = self._engine
 
     # -- running ---------------------------------------------------------------------------------------------------------
 
     def trace(self, *inputs: object, **arguments: object) -> Tracer:
-        """Record interventions in a `with` block, and run them when it ends.
+        """Record interventions in a `with` block, and run them when it ends; in async mode, when the tracer is awaited.
 
         With a prompt the trace is one request; without, each `tracer.invoke(prompt)` is one, and the engine batches
         them. `arguments` are vLLM's sampling parameters. `scan` and `validate` are accepted and change nothing: every
@@ -82,6 +97,8 @@ class VLLM(Envoy):
         """
         for name in ("scan", "validate"):
             arguments.pop(name, None)
+        if self.__dict__["_mode"] == "async":
+            return AsyncTracer(cast("AsyncEngine", self._engine), inputs, arguments)
         return Tracer(self._engine, inputs, arguments)
 
     def scan(self, *inputs: object, **arguments: object) -> Tracer:
@@ -96,8 +113,15 @@ class VLLM(Envoy):
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM` underneath, for plain use beside traces."""
+        """The `vllm.LLM` underneath, for plain use beside traces. In async mode the `AsyncLLM`, which lives on `loop`."""
         return self._engine.llm
+
+    @property
+    def loop(self) -> AbstractEventLoop:
+        """In async mode: the event loop of `llm`, on a thread of its own; see `asyncio.run_coroutine_threadsafe`."""
+        if self.__dict__["_mode"] != "async":
+            raise EngineSettingError("only the engine of mode='async' has an event loop")
+        return cast("AsyncEngine", self._engine).loop.loop
 
     @property
     def tokenizer(self) -> Any:

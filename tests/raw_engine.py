@@ -32,7 +32,10 @@ class Answer:
 
 
 class RawEngine:
-    """`steps`: for each forward since the last `generate` began, rows by the request's number in it."""
+    """`steps`: for each forward since the last `generate` began, rows by the request's number in it.
+
+    `free`: how many blocks were free when it began.
+    """
 
     def __init__(self, checkpoint: str, **keywords: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -42,6 +45,7 @@ class RawEngine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.worker = self.core.model_executor.driver_worker.worker
         self.steps: list[dict[int, int]] = []
+        self.free: list[int] = []
         self._deltas: dict[str, list[Delta]] = {}
         self._numbers: dict[str, int] = {}
         self._watch()
@@ -51,6 +55,7 @@ class RawEngine:
         from vllm import SamplingParams
 
         self.steps.clear()
+        self.free.clear()
         self._deltas.clear()
         self._numbers.clear()
         prompts = [{"prompt_token_ids": ids, "cache_salt": str(number)} for number, (ids, _, _) in enumerate(requests)]
@@ -88,6 +93,7 @@ class RawEngine:
             rows = {self._number(id): count for id, count in scheduled.num_scheduled_tokens.items()}
             if rows:
                 self.steps.append(rows)
+                self.free.append(self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
             return execute(scheduled, *args)
 
         processor.process_outputs, runner.execute_model = process_outputs, execute_model

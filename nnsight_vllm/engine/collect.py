@@ -36,11 +36,31 @@ from nnsight_vllm.trace.backend import Sample
 
 
 @dataclass
+class Fresh:
+    """What came since it was last taken: values, a list's new items, and the lists whose earlier items are void."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
+    logs: list[str] = field(default_factory=list)
+
+    def set(self, name: str, value: object, was_known: bool) -> None:
+        self.values[name] = list(value) if isinstance(value, list) else value
+        if was_known and isinstance(value, list):
+            self.replaced.add(name)
+
+    def grow(self, name: str, items: list[object]) -> None:
+        known = self.values.setdefault(name, [])
+        assert isinstance(known, list)
+        known.extend(items)
+
+
+@dataclass
 class Collected:
-    """What one sample has sent so far."""
+    """What one sample has sent so far; `fresh` is kept for those who want it bit by bit."""
 
     sample: Sample = field(default_factory=Sample)
     is_stopped: bool = False
+    fresh: Fresh | None = None
     _sheets: list[Sheet] = field(default_factory=list)  # not read yet
 
     def add(self, delta: Delta) -> None:
@@ -51,6 +71,8 @@ class Collected:
         if delta.sheet is not None:
             self._sheets.append(delta.sheet)
         self.sample.logs += delta.logs
+        if self.fresh is not None:
+            self.fresh.logs += delta.logs
         self.sample.failure = self.sample.failure or delta.failure
         self.is_stopped = self.is_stopped or delta.stopped
 
@@ -60,16 +82,33 @@ class Collected:
         for header, alike in itertools.groupby(sheets, key=lambda sheet: bytes(sheet.saved)):
             for name, append, values in _columns(decode_saved(Raw(header)), [sheet.data for sheet in alike]):
                 if append:
-                    self._known(name).extend(values)
+                    self._grow(name, values)
                 else:
-                    self.sample.values[name] = values[-1]
+                    self._set(name, values[-1])
+
+    def take_fresh(self) -> Fresh:
+        """What is new, complete to the last step."""
+        assert self.fresh is not None
+        self.read_sheets()
+        fresh, self.fresh = self.fresh, Fresh()
+        return fresh
 
     def _save(self, saved: Saved) -> None:
         value = decode_value(saved.value)
         if not saved.append:
-            self.sample.values[saved.name] = value
+            self._set(saved.name, value)
         elif isinstance(value, list):
-            self._known(saved.name).extend(value)
+            self._grow(saved.name, value)
+
+    def _set(self, name: str, value: object) -> None:
+        if self.fresh is not None:
+            self.fresh.set(name, value, name in self.sample.values)
+        self.sample.values[name] = value
+
+    def _grow(self, name: str, items: list[object]) -> None:
+        self._known(name).extend(items)
+        if self.fresh is not None:
+            self.fresh.grow(name, items)
 
     def _known(self, name: str) -> list[object]:
         known = self.sample.values.get(name)
@@ -81,8 +120,8 @@ class Collected:
 class Collector:
     """Wraps one engine's output processor. Keyed by the request's public id and the sample's index."""
 
-    def __init__(self, llm: Any) -> None:
-        self._processor = llm.llm_engine.output_processor
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
         self._original = self._processor.process_outputs
         self._found: dict[str, dict[int, Collected]] = {}
         self._is_collecting = False
@@ -129,11 +168,13 @@ class Collector:
             return False
         data, output.pooling_output = output.pooling_output, None
         delta = decode_delta(memoryview(data.numpy()))
-        if self._is_collecting:
-            parent = state.parent_req
-            public_id = parent.external_req_id if parent is not None else state.external_req_id
-            self._found.setdefault(public_id, {}).setdefault(state.request_index, Collected()).add(delta)
+        self._keep(state, delta)
         return (delta.stopped or delta.failure is not None) and self._end(output, delta)
+
+    def _keep(self, state: Any, delta: Delta) -> None:
+        if self._is_collecting:
+            samples = self._found.setdefault(public_id(state), {})
+            samples.setdefault(state.request_index, Collected()).add(delta)
 
     @staticmethod
     def _end(output: Any, delta: Delta) -> bool:
@@ -146,6 +187,12 @@ class Collector:
         is_running = output.finish_reason is None
         output.finish_reason = FinishReason.ABORT
         return is_running
+
+
+def public_id(state: Any) -> str:
+    """The id that whoever sent a request gave it; its samples share it."""
+    parent = state.parent_req
+    return str(parent.external_req_id if parent is not None else state.external_req_id)
 
 
 def _columns(saved: list[Saved], data: list[memoryview]) -> Iterator[tuple[str, bool, list[object]]]:

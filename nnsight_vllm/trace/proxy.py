@@ -76,11 +76,9 @@ class Proxy:
     def value(self) -> Any:
         """The saved value, once the run is over."""
         if not self._is_done:
-            raise ValueNotSetError(
-                f"this value exists when the block is over, and not if it was only scanned; {user_line()}"
-            )
+            raise ValueNotSetError(f"{self._recorder.unset}; {user_line()}")
         if self._recorder.state == "failed":
-            raise ValueNotSetError(f"this value was never computed: its trace failed ({self._where()})")
+            raise ValueNotSetError(f"this value was never computed: {self._recorder.why_failed} ({self._where()})")
         if self._slot is None:
             raise ValueNotSetError(f"this value wasn't saved: call .save() on it inside the block ({self._where()})")
         if self._slot not in self._recorder.values:

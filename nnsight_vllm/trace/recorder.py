@@ -37,6 +37,8 @@ class Recorder:
         self.lines: dict[int, Line] = {}
         self.values: dict[str, object] = {}
         self.state: Literal["recording", "closed", "done", "failed"] = "recording"
+        self.unset = "this value exists when the block is over, and not if it was only scanned"
+        self.why_failed = "its trace failed"
         self.pending: RecordError | None = None
         self.used: set[int] = set()
         self.replaced: dict[int, Arg] = {}
@@ -148,7 +150,14 @@ class Recorder:
 
     def require_recording(self) -> None:
         if self.state != "recording":
-            raise RefusedError(f"this invoke is already recorded; nothing can be added to it; {user_line()}")
+            raise RefusedError(
+                f"this invoke is already recorded; nothing can be added to it, and {self.unset}; {user_line()}"
+            )
+
+    @property
+    def save_names(self) -> set[str]:
+        """The names that saved values come home under."""
+        return {f"s{i}" for i in range(self._slots)}
 
     # -- private ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from nnsight_vllm.trace.source import user_frame, user_line
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from nnsight_vllm.trace.stream import Stream
 
 _HAS_EINOPS = find_spec("einops") is not None
 
@@ -89,7 +92,7 @@ class Invoke(Recording):
         self.recorder.state = "closed"
         check(self.graph, self.tracer.backend.tree.catalogue)
         self.tracer.backend.admit(self.request())
-        self.tracer.invokes.append(self)
+        self.tracer.add(self)
 
     def request(self) -> Request:
         assert self.graph is not None
@@ -139,9 +142,8 @@ class Tracer(Recording):
         try:
             return self._close(kind)
         finally:
-            for recorder in self.recorders:
-                if recorder.state != "done" and (self._runs or kind is not None):
-                    recorder.state = "failed"
+            if self._runs or kind is not None:
+                self._fail_recorders()
 
     def _close(self, kind: type[BaseException] | None) -> bool:
         try:
@@ -160,9 +162,15 @@ class Tracer(Recording):
         if self._only is not None:
             active.pop()
 
+    def add(self, invoke: Invoke) -> None:
+        """Take an invoke whose block is over."""
+        self.invokes.append(invoke)
+
     def _run(self) -> None:
         requests = [invoke.request() for invoke in self.invokes]
-        outcomes = self.backend.run(requests, self.constants.data) if requests else []
+        self._finish(self.backend.run(requests, self.constants.data) if requests else [])
+
+    def _finish(self, outcomes: list[Outcome]) -> None:
         errors = [
             error
             for invoke, outcome in zip(self.invokes, outcomes, strict=True)
@@ -188,7 +196,26 @@ class Tracer(Recording):
             self.logs.append(line)
             print(line)
         failures = [sample.failure for sample in samples if sample.failure is not None]
-        return [_error(invoke.recorder, failure) for failure in failures]
+        return [error_of(invoke.recorder, failure) for failure in failures]
+
+    def _fail_recorders(self) -> None:
+        """Those that didn't get values won't get any."""
+        for recorder in self.recorders:
+            if recorder.state != "done":
+                recorder.state = "failed"
+
+    # -- running it bit by bit -------------------------------------------------------------------------------------------
+
+    def stream(self) -> Stream:
+        """In async mode: start the trace, and iterate over its events."""
+        raise RefusedError(f"stream() is for traces of VLLM(..., mode='async'); {self._how_it_runs()}; {user_line()}")
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """In async mode: run the trace to its end."""
+        raise RefusedError(f"await is for traces of VLLM(..., mode='async'); {self._how_it_runs()}; {user_line()}")
+
+    def _how_it_runs(self) -> str:
+        return "this one ran when its block ended" if self._runs else "this one was only scanned"
 
     # -- what the block may ask for --------------------------------------------------------------------------------------
 
@@ -251,7 +278,8 @@ class GraphView:
         return to_json(self.nodes)
 
 
-def _error(recorder: Recorder, failure: Failure) -> InterventionError:
+def error_of(recorder: Recorder, failure: Failure) -> InterventionError:
+    """A failure as the error that its user sees, with the line."""
     kind: type[NNsightError] = PreemptedError if failure.kind == "PreemptedError" else InterventionError
     line = recorder.lines.get(failure.node) if failure.node is not None else None
     what = (

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nnsight_vllm as nv
+from nnsight_vllm.engine import front
 from nnsight_vllm.errors import PreemptedError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.backend import Sample
@@ -207,15 +208,14 @@ def test_requests_without_graphs_are_evicted_first(model: VLLM) -> None:
 
 
 def test_where_even_one_has_no_room_each_fails_retryably(model: VLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = model._engine
-    settle = engine._outcome
+    settle = front.outcome_of
 
-    def evicted(output: Any) -> Any:
-        outcome = settle(output)
+    def evicted(output: Any, collected: Any) -> Any:
+        outcome = settle(output, collected)
         outcome.samples = [Sample(failure=Failure("PreemptedError", "evicted", None, True))]
         return outcome
 
-    monkeypatch.setattr(engine, "_outcome", evicted)
+    monkeypatch.setattr(front, "outcome_of", evicted)
     with pytest.raises(PreemptedError, match="evicted") as caught:
         with model.trace([1, 2, 3], max_tokens=2):
             model.model.layers[0].output[0].save()

@@ -280,21 +280,39 @@ def test_a_tensor_crosses_once_an_engine(model: VLLM) -> None:
     assert matrix.nbytes <= received < matrix.nbytes + 1000
 
 
-def test_an_interruption_leaves_nothing_behind(model: VLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = model.llm.llm_engine
-    step, steps = engine.step, iter(range(100))
+def many(model: VLLM) -> None:
+    """Forty requests on 32 seats and 64 tokens a step: some run, some wait, plain prompts come in pieces; with constants."""
+    with model.trace(temperature=0.0, max_tokens=50, ignore_eos=True) as tracer:
+        for number in range(40):
+            with tracer.invoke([number + 3] * (100 if number % 8 == 0 else 20), n=1 + (number % 5 == 0)):
+                if number % 8:
+                    h = model.model.layers[0].output[0]
+                    h += torch.full((128,), float(number % 3))
+                    h.save()
 
-    def interrupted() -> Any:
-        if next(steps) == 2:
+
+@pytest.mark.parametrize("when", ["step 0", "step 1", "step 2", "step 7", "request 0", "request 20"])
+def test_an_interruption_leaves_nothing_behind(model: VLLM, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Before the first token, in the middle of prompts, with requests that wait, and while they are sent."""
+    expected = greedy(model).token_ids
+    what, _, number = when.partition(" ")
+    engine, name = model.llm.llm_engine, "step" if what == "step" else "add_request"
+    original, calls = getattr(engine, name), iter(range(1000))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == int(number):
             raise KeyboardInterrupt
-        return step()
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt), model.trace(PROMPT, temperature=0.0, max_tokens=50, ignore_eos=True):
-        model.model.layers[0].output[0].save()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            many(model)
     model.check_integrity()
-    assert len(greedy(model).token_ids) == 4
+    processor = engine.output_processor
+    assert not processor.request_states and not processor.parent_requests and not processor.external_req_ids
+    assert model._engine.tensors.in_use == 0
+    assert greedy(model).token_ids == expected
 
 
 def test_two_threads_trace_at_once(model: VLLM) -> None:

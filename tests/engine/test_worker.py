@@ -208,17 +208,39 @@ STOPS: dict[str, list[Any]] = {
 }
 
 
+WITHOUT_END: dict[str, dict[str, Any]] = {
+    "ignores the end": {"ignore_eos": True},
+    "asks for more": {"ignore_eos": False, "min_tokens": 30},
+    "stops at tokens": {"ignore_eos": False, "stop_token_ids": [VOCAB - 1], "min_tokens": 30},
+    "has no end": {"ignore_eos": False},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WITHOUT_END))
 @pytest.mark.parametrize("how", sorted(STOPS))
-def test_a_request_ends_in_the_step_in_which_its_graph_does(engine: RawEngine, how: str) -> None:
+def test_a_request_ends_in_the_step_in_which_its_graph_does(
+    engine: RawEngine, how: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "has no end":
+        _forget_the_end_token(engine, monkeypatch)
     ending = graph(Iterations(0, 3, None, 1, 1, Block(STOPS[how])))
-    params = {"max_tokens": 40, "min_tokens": 30}
-    ended, other = engine.generate((PROMPT, ending, params), plain(PROMPT, max_tokens=12))
+    ended, other = engine.generate(
+        (PROMPT, ending, {"max_tokens": 40, **WITHOUT_END[kind]}), plain(PROMPT, max_tokens=12)
+    )
     assert (len(ended.tokens), ended.output.outputs[0].finish_reason) == (4, "abort")
     assert [delta.stopped or delta.failure is not None for delta in ended.deltas] == [True]
     num_steps = sum(0 in rows for rows in engine.steps)
     is_async = engine.core.scheduler.vllm_config.scheduler_config.async_scheduling
     assert num_steps == (5 if is_async else 4)  # the next step was on its way
+    assert engine.free[num_steps] == engine.free[num_steps - 1] + 1  # one block held its few tokens
     assert other.tokens == engine.generate(plain(PROMPT, max_tokens=12))[0].tokens
+
+
+def _forget_the_end_token(engine: RawEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's front end knows of a model whose configuration names none."""
+    inputs = engine.llm.llm_engine.input_processor
+    monkeypatch.setattr(inputs, "generation_config_fields", {})
+    monkeypatch.setattr(inputs.renderer, "get_eos_token_id", lambda *args: None)
 
 
 def test_a_graph_that_ends_with_its_request_ends_it_once(engine: RawEngine) -> None:

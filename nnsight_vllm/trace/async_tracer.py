@@ -1,0 +1,138 @@
+"""A trace that is recorded now and run later: awaited to its end, or iterated over while it runs.
+
+    async for event in tracer.stream(): ...
+    await tracer
+
+Either way the saved values are there afterwards, in their proxies and in the names of the frame that recorded them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from nnsight_vllm.errors import RefusedError
+from nnsight_vllm.trace.events import AsyncBackend, Event, Piece, Receive, Run
+from nnsight_vllm.trace.naming import names_of_saves
+from nnsight_vllm.trace.source import user_line
+from nnsight_vllm.trace.stream import Stream, ended
+from nnsight_vllm.trace.tracer import Invoke, Tracer, error_of
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_UNSET = "this value exists when its trace has run: `await` the tracer, or iterate over its `stream()`"
+_LEFT = "its trace was left before the end"
+
+
+class AsyncTracer(Tracer):
+    """The context of a trace in async mode. It runs once."""
+
+    _is_due = False  # recorded, and not run
+
+    def __init__(self, backend: AsyncBackend, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
+        self._engine = backend
+        self._names: list[dict[str, list[str]]] = []
+        self._line = user_line()
+        super().__init__(backend, inputs, arguments, runs=False)
+
+    def __enter__(self) -> Self:
+        self._line = user_line()
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        is_over = super().__exit__(kind, error, trace)
+        self._is_due = is_over
+        for recorder in self.recorders:
+            recorder.unset = _UNSET
+        return is_over
+
+    def add(self, invoke: Invoke) -> None:
+        super().add(invoke)
+        frame = self._frame if invoke is self._only else invoke._frame
+        self._names.append(names_of_saves(invoke.recorder, frame))
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def stream(self) -> Stream:
+        """Start the trace; iterate over its events with `async for`. Leaving early ends its requests.
+
+        Errors are raised when all requests are over, as by `await tracer`.
+        """
+        return Stream(self)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Run the trace to its end."""
+        return self._wait().__await__()
+
+    async def _wait(self) -> None:
+        run = self.start()
+        try:
+            await ended(run)
+        except BaseException:  # cancelled, timed out, or thrown away
+            self.leave(run)
+            raise
+        self.finish(run)
+
+    def start(self, receive: Receive | None = None) -> Run:
+        """Send the requests off."""
+        if not self._is_due:
+            raise RefusedError(f"the trace recorded at {self._line} has run already, or failed; {user_line()}")
+        self._is_due = False
+        return self._engine.start([invoke.request() for invoke in self.invokes], self.constants.data, receive)
+
+    def finish(self, run: Run) -> None:
+        """The requests are over: give names and proxies their values. Raises what failed."""
+        try:
+            self._finish(run.outcomes.result())
+        finally:
+            self._fail_recorders()
+            self._forget_frames()
+
+    def leave(self, run: Run) -> None:
+        """Nobody waits for the run any more."""
+        run.abort()
+        for recorder in self.recorders:
+            recorder.why_failed = _LEFT
+        self._fail_recorders()
+        self._forget_frames()
+
+    def event(self, piece: Piece) -> Event:
+        """A piece in the user's terms."""
+        names = self._names[piece.request]
+        values = {name: value for slot, value in piece.values.items() for name in names.get(slot, [slot])}
+        if piece.result is not None:
+            values.update(dict.fromkeys(names.get("result", ()), piece.result))
+        failure = None
+        if piece.failure is not None:
+            failure = error_of(self.invokes[piece.request].recorder, piece.failure)
+        return Event(
+            piece.request,
+            piece.sample,
+            piece.text,
+            piece.token_ids,
+            values,
+            frozenset(name for slot in piece.replaced for name in names.get(slot, [slot])),
+            piece.logs,
+            piece.finish_reason,
+            failure,
+            piece.restarted,
+        )
+
+    def _forget_frames(self) -> None:
+        """They would keep alive whatever their functions had."""
+        for recording in (self, *self.invokes):
+            for name in ("_frame", "_body"):
+                recording.__dict__.pop(name, None)
+
+    def __del__(self) -> None:
+        if self._is_due and self.invokes:
+            warnings.warn(
+                f"the trace recorded at {self._line} was never run: `await` the tracer, or iterate over its `stream()`",
+                RuntimeWarning,
+                stacklevel=1,
+            )
