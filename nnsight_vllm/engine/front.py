@@ -204,7 +204,8 @@ class Engine:
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
-        names = list(self._states())
+        alone = [name for name, state in self._states().items() if state.parent_req is None]
+        names = [*self._core.output_processor.parent_requests, *alone]  # a parent takes its samples with it
         if names:
             self.llm.llm_engine.abort_request(names, internal=True)
         self.collector.clear()

@@ -282,7 +282,7 @@ def test_a_tensor_crosses_once_an_engine(model: VLLM) -> None:
 
 def many(model: VLLM) -> None:
     """Forty requests on 32 seats and 64 tokens a step: some run, some wait, plain prompts come in pieces; with constants."""
-    with model.trace(temperature=0.0, max_tokens=50, ignore_eos=True) as tracer:
+    with model.trace(temperature=1.0, max_tokens=50, ignore_eos=True) as tracer:
         for number in range(40):
             with tracer.invoke([number + 3] * (100 if number % 8 == 0 else 20), n=1 + (number % 5 == 0)):
                 if number % 8:
