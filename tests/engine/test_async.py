@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nnsight_vllm as nv
+from nnsight_vllm.engine.flight import Flight
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, InterventionError, ValueNotSetError
 from nnsight_vllm.trace.stream import ended
 
@@ -546,17 +547,34 @@ LEAVING: list[Callable[[VLLM], Awaitable[None]]] = [
 
 
 @pytest.mark.parametrize("leave", LEAVING, ids=lambda leave: leave.__name__)
-def test_nothing_stays_of_a_trace_that_is_left(model: VLLM, leave: Callable[[VLLM], Awaitable[None]]) -> None:
+def test_nothing_stays_of_a_trace_that_is_left(
+    model: VLLM, leave: Callable[[VLLM], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = asyncio.run(greedy(model))
+    reasons = _note_why_requests_end(monkeypatch)
 
     async def main() -> None:
         await leave(model)
         model.check_integrity()
         assert_free(model)
+        assert not reasons or "abort" in reasons  # not all of them ran to their ends; none where nothing was sent yet
         assert await greedy(model) == expected
 
     asyncio.run(main())
     assert_free(model)
+
+
+def _note_why_requests_end(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reasons: list[str] = []
+    last_output = Flight._last_output
+
+    async def noted(self: Flight, *arguments: Any) -> Any:
+        output = await last_output(self, *arguments)
+        reasons.append(output.outputs[0].finish_reason)
+        return output
+
+    monkeypatch.setattr(Flight, "_last_output", noted)
+    return reasons
 
 
 def assert_free(model: VLLM) -> None:
