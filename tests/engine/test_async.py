@@ -584,6 +584,38 @@ def assert_free(model: VLLM) -> None:
     assert not engine._flights and not engine.collector.pending and not engine.tensors.in_use
 
 
+def test_those_that_stay_in_a_group_get_what_they_get_alone(model: VLLM) -> None:
+    async def stays(number: int, others_left: asyncio.Event) -> tuple[list[int], list[Any]]:
+        tracer = long(model, number)
+        tokens: list[int] = []
+        rows: list[Any] = []
+        async with tracer.stream() as events:
+            async for event in events:
+                tokens += event.token_ids
+                rows += event.values["rows"]
+                if len(tokens) == 3:
+                    await others_left.wait()
+        return tokens, rows
+
+    async def main() -> None:
+        others_left = asyncio.Event()
+        staying = [asyncio.create_task(stays(number, others_left)) for number in (1, 3, 5)]
+        leaving = [long(model, number).stream() for number in (0, 2, 4, 6)]
+        for stream in leaving:
+            await anext(stream)
+        for stream in leaving:
+            await stream.aclose()
+        others_left.set()
+        together = await asyncio.gather(*staying)
+        for number, (tokens, rows) in zip((1, 3, 5), together, strict=True):
+            alone_tokens, alone = await stays(number, others_left)
+            assert tokens == alone_tokens and len(rows) == 100
+            assert_close(torch.stack(rows[1:]), torch.stack(alone[1:]))
+            assert_close(rows[0], alone[0])
+
+    asyncio.run(main())
+
+
 def test_memory_of_traces_that_were_left_is_there_for_the_next(model: VLLM) -> None:
     """Forty requests of three blocks each in a cache of twenty: if any kept theirs, the last ones would be evicted."""
     before = model.stats().restarted
