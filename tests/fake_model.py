@@ -72,7 +72,7 @@ class FakeBackend:
     def sampling(self, arguments: dict[str, object]) -> Any:
         return SimpleNamespace(n=1, max_tokens=arguments.get("max_tokens", 16))
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: Request, tensors: object) -> None:
         pass
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:

@@ -51,7 +51,7 @@ class RawEngine:
         self._watch()
 
     def generate(self, *requests: tuple[list[int], bytes | None, dict[str, Any]]) -> list[Answer]:
-        """Run (prompt's ids, graph, sampling parameters) together."""
+        """Run (prompt's ids, graph, sampling parameters) together. Among these `cut`: whether the prompt may be cut."""
         from vllm import SamplingParams
 
         self.steps.clear()
@@ -61,9 +61,10 @@ class RawEngine:
         prompts = [{"prompt_token_ids": ids, "cache_salt": str(number)} for number, (ids, _, _) in enumerate(requests)]
         params = []
         for _, graph, arguments in requests:
-            extra = None if graph is None else {"nnsight_vllm": graph}
+            extra = None if graph is None else {"nnsight_vllm": graph, "nnsight_vllm_cut": arguments.get("cut", False)}
             defaults = {"temperature": 0.0, "ignore_eos": True, "skip_reading_prefix_cache": True}
-            params.append(SamplingParams(**{**defaults, **arguments}, extra_args=extra))
+            rest = {name: value for name, value in arguments.items() if name != "cut"}
+            params.append(SamplingParams(**{**defaults, **rest}, extra_args=extra))
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [Answer(output, self._of(output.request_id)) for output in outputs]
 

@@ -19,7 +19,7 @@ from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.engine.sites import Direct, Site, Slot, Stream
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.taps import Handler
-from nnsight_vllm.graph.catalogue import Catalogue, SiteInfo
+from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Block, Graph, Node
 from nnsight_vllm.graph.results import (
@@ -75,6 +75,7 @@ class Toy:
     batching: bool = True
     dtype: str = "float32"
     limits: Limits = Limits()  # noqa: RUF009 (immutable)
+    modules: tuple[str, ...] = ()
     active: dict[int, Handler] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     received: dict[str, list[Delta]] = field(default_factory=dict)
@@ -86,7 +87,9 @@ class Toy:
     def __post_init__(self) -> None:
         sites = {site.info.name: site for site in _sites(self.dtype)}
         infos = [site.info for site in sites.values()]
-        catalogue = Catalogue([], infos, VOCAB, self.dtype, 64, 64, "all")
+        catalogue = Catalogue(
+            [ModuleInfo(name, "Double") for name in self.modules], infos, VOCAB, self.dtype, 64, 64, "all"
+        )
         orders = {info.name: info.order for info in infos}
         cpu = torch.device("cpu")
         self.store = Store(cpu)
@@ -131,11 +134,15 @@ class Toy:
         hidden, residual = torch.zeros(rows, HIDDEN, dtype=kind), torch.zeros(rows, HIDDEN, dtype=kind)
         for layer in range(LAYERS):
             residual = residual + hidden
-            mlp = torch.ones(rows, HIDDEN, dtype=kind)
+            mlp = self._increments(rows).to(kind)
             self._tap(2 * layer, (mlp,))
             hidden = mlp
             self._tap(2 * layer + 1, (hidden, residual))
         return hidden + residual
+
+    def _increments(self, rows: int) -> Tensor:
+        """What each layer adds to the stream."""
+        return torch.ones(rows, HIDDEN)
 
     def _tap(self, tap: int, tensors: tuple[Tensor, ...]) -> None:
         if tap in self.active and tap not in self.silent_taps:

@@ -26,6 +26,9 @@ from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.errors import EngineSettingError, PreemptedError
 
 FIELD = "nnsight_vllm"
+CUT = "nnsight_vllm_cut"
+MOST_CACHED = "nnsight_vllm_cached"
+SALT = "nnsight_vllm_salt"
 SUPPORTED = "0.32."
 PROBE_ROWS = 5
 
@@ -86,7 +89,27 @@ def probing_forward(runner: Any) -> Tensor:
 
 def graph_of(sampling_params: Any) -> bytes | None:
     """The graph that a request carries, as msgpack bytes."""
-    return (getattr(sampling_params, "extra_args", None) or {}).get(FIELD)
+    return _extra(sampling_params).get(FIELD)
+
+
+def may_be_cut(sampling_params: Any) -> bool:
+    """Whether the prompt of a request with a graph may be computed in several steps."""
+    return bool(_extra(sampling_params).get(CUT))
+
+
+def most_cached(sampling_params: Any) -> int | None:
+    """How many tokens a request with a graph may take from the prefix cache at most; None: any number."""
+    return _extra(sampling_params).get(MOST_CACHED)
+
+
+def salted_from(sampling_params: Any) -> tuple[str, int] | None:
+    """A salt of the prompt's blocks, and the first row of those that it's for; None: there is none but vLLM's own."""
+    found = _extra(sampling_params).get(SALT)
+    return None if found is None else (str(found[0]), int(found[1]))
+
+
+def _extra(sampling_params: Any) -> Mapping[str, Any]:
+    return getattr(sampling_params, "extra_args", None) or {}
 
 
 class Seam:

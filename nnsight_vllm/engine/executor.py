@@ -27,7 +27,9 @@ from nnsight_vllm.engine.group_place import GroupPlace
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
 from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.places import Place
-from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step
+from nnsight_vllm.engine.prefill import Piece, Prefill
+from nnsight_vllm.engine.progress import Progress
+from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step, interrupted
 from nnsight_vllm.engine.results import Outbox
 from nnsight_vllm.engine.sheet import GroupSheet
 from nnsight_vllm.engine.sites import Site
@@ -35,7 +37,7 @@ from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.tables import Tables
 from nnsight_vllm.engine.taps import Handler, Tensors
 from nnsight_vllm.engine.visits import Visits, due
-from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
+from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
 from nnsight_vllm.plan.template import Digest, parameter_of
@@ -93,6 +95,7 @@ class Executor:
         self._visits = Visits(device)
         self._interpreter = Interpreter(table.orders, table.calls, device)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
+        self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
         self._alone: dict[str, Request] = {}
         self._groups: list[Group] = []
         self._waiting: dict[int, list[Unit]] = {}
@@ -117,6 +120,7 @@ class Executor:
             request = self.requests.pop(id)
             self._alone.pop(id, None)
             self._num_saved -= request.num_saved
+            self._prefill.drop(request)
             self._tables.release(request.slots.values())
             self._unsent.discard(id)
         self._visits.forget()
@@ -144,8 +148,7 @@ class Executor:
             if not request.is_running:
                 self._alone.pop(request.id)
             elif index is not None:
-                self._guarded(request, partial(self._begin, request, index, step))
-                ready.append(request)
+                ready += self._begin(request, index, step)
         self._go_on(ready, step)
 
     def enter_logits(self) -> None:
@@ -189,11 +192,16 @@ class Executor:
 
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
-        units: list[Unit] = [*self._alone.values(), *self._groups]
+        units: list[Unit] = [*self._alone.values(), *self._prefill.pieces, *self._groups]
         for unit in units:
             if isinstance(unit, Group) or (self._step is not None and unit.id in self._step.index):
                 self._leave(unit)
+        self._prefill.collect(self._excess_held)
+        for request, _, excess in self._prefill.joined:
+            if excess and request.status is not Status.FAILED:
+                self._refuse_results(request, excess)
         sent = self._messages(emitting)
+        self._prefill.forget(self._groups)
         self._clear_step()
         if self._interrupt is not None:
             interrupt, self._interrupt = self._interrupt, None
@@ -211,6 +219,10 @@ class Executor:
         num_lines = sum(len(request.slots) for request in self.requests.values())
         if self._tables.num_users != num_lines:
             found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
+        num_held = sum(request.progress.num_bytes for request in self.requests.values() if request.progress is not None)
+        if self._prefill.num_held != num_held:
+            found.append(f"{self._prefill.num_held} bytes of prompts' pieces are held; the requests have {num_held}")
+        found += [f"a piece of request {piece.id}" for piece in self._prefill.pieces]
         for id, request in self.requests.items():
             if request.place is not None:
                 found.append(f"a working copy of {request.place.name} of request {id}")
@@ -234,6 +246,7 @@ class Executor:
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def _load(self, request: Request, arrival: Arrival) -> None:
+        request.progress = Progress(arrival.graph)
         request.program, parameters = self.programs.get(arrival.graph)
         if request.program.writes_samples and arrival.refuse_samples:
             raise InterventionError(f"the sampled token can't be edited: {arrival.refuse_samples}")
@@ -247,13 +260,25 @@ class Executor:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, index: int, step: Step) -> None:
+    def _begin(self, request: Request, index: int, step: Step) -> list[Unit]:
+        found: list[Unit] = []
+        self._guarded(request, lambda: found.extend(self._units_of(request, index, step)))
+        for unit in found:
+            assert isinstance(unit, Request)
+            unit.iteration += 1
+            if unit.wait.site is None and unit.wait.iteration == unit.iteration:
+                self._guarded(unit, partial(self._interpreter.run, unit))
+        return found
+
+    def _units_of(self, request: Request, index: int, step: Step) -> list[Request]:
+        """What runs on a request's rows: usually the request itself."""
         position, count = int(step.positions[index]), int(step.starts[index + 1] - step.starts[index])
+        if request.iteration == START:
+            unit = self._prefill.unit(request, position, count)
+            return [] if unit is None else [unit]
         if not request.expects(position, count):
-            raise _interrupted(request, position, count)
-        request.iteration += 1
-        if request.wait.site is None and request.wait.iteration == request.iteration:
-            self._interpreter.run(request)
+            raise interrupted(request, position, count)
+        return [request]
 
     def _begin_group(self, group: Group, step: Step) -> list[Unit]:
         is_here = group.locate(step) >= 0
@@ -272,7 +297,7 @@ class Executor:
                 at = int(group.locate(step)[i])
                 request, count = group.members[i], int(step.starts[at + 1] - step.starts[at])
                 request.iteration = int(group.iteration[i])
-                request.fail(_interrupted(request, int(step.positions[at]), count), keep_token=False)
+                request.fail(interrupted(request, int(step.positions[at]), count), keep_token=False)
             keep = [i for i in range(len(group)) if i not in wrong]
             if not keep:
                 return []
@@ -302,7 +327,8 @@ class Executor:
         groups = [unit for unit in units if isinstance(unit, Group)]
         requests = [unit for unit in units if isinstance(unit, Request)]
         for request in requests:
-            self._alone.pop(request.id, None)
+            if not isinstance(request, Piece):  # its owner waits for the next one
+                self._alone.pop(request.id, None)
         if requests:
             groups.append(Group.of(requests))
         group = groups[0] if len(groups) == 1 else Group.merged(groups)
@@ -448,13 +474,19 @@ class Executor:
         self._num_saved += message.numel()
         excess = self._limits.excess(request.num_saved, self._num_saved)
         if excess and request.status is not Status.FAILED:
-            request.outbox = Outbox(request.id, self._unsent)
-            request.fail(InterventionError(excess), keep_token=True)
-            self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
+            self._refuse_results(request, excess)
             message = _tensor(request.outbox.take())
         sent.single[request.id] = message
         if request.outbox.has_ended:
             sent.last.add(request.id)
+
+    def _refuse_results(self, request: Request, excess: str) -> None:
+        self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
+        request.outbox = Outbox(request.id, self._unsent)
+        request.fail(InterventionError(excess), keep_token=True)
+
+    def _excess_held(self, request: Request, of_request: int, of_all: int) -> str:
+        return self._limits.excess(request.num_saved + of_request, self._num_saved + of_all)
 
     def _settle(self) -> None:
         for group in self._groups:
@@ -504,10 +536,3 @@ def _without(group: Group, gone: Collection[str]) -> Group | None:
 
 def _tensor(data: bytes | None) -> Tensor:
     return torch.frombuffer(bytearray(data or b""), dtype=torch.uint8)
-
-
-def _interrupted(request: Request, position: int, count: int) -> PreemptedError:
-    rows = f"positions {position} to {position + count - 1}"
-    if request.iteration == START:
-        return PreemptedError(f"the engine ran {rows} of a prompt of {request.prompt_length} tokens in one step")
-    return PreemptedError(f"the engine evicted the request after iteration {request.iteration} and recomputes {rows}")

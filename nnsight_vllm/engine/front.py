@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import msgspec
 from nnsight_vllm.engine import refusal
 from nnsight_vllm.engine.collect import Collected, Collector
 from nnsight_vllm.engine.prompts import make_prompt
-from nnsight_vllm.engine.salts import caching_by, salt_of
+from nnsight_vllm.engine.salts import Known, known_by, salt_of
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
@@ -25,13 +25,17 @@ from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
-from nnsight_vllm.plan.caching import Caching
+from nnsight_vllm.plan.cutting import Whole
+from nnsight_vllm.plan.pieces import Cut
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
 
 FIELD = "nnsight_vllm"
+CUT = "nnsight_vllm_cut"
+MOST_CACHED = "nnsight_vllm_cached"
+SALT = "nnsight_vllm_salt"
 _RENAMED = {"max_new_tokens": "max_tokens"}
 
 _GUARD = (
@@ -58,7 +62,7 @@ class Engine:
             self.llm: Any = _start(self._open, model, engine_arguments(arguments, sites, file, ours))
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
-        self._caching = caching_by(self.tree.catalogue)
+        self._known = known_by(self.tree.catalogue)
         self.collector = self._collect(self._core.output_processor)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
@@ -95,16 +99,18 @@ class Engine:
         except Exception as error:  # vLLM's own checks raise several kinds
             raise AdmissionError(f"bad sampling arguments: {error}; {user_line()}") from None
 
-    def admit(self, request: Request) -> None:
-        """Raise `AdmissionError` if a request with a graph can't be taken."""
+    def admit(self, request: Request, tensors: Mapping[str, bytes]) -> None:
+        """Raise `AdmissionError` if a request with a graph can't be taken. `tensors`: its constants."""
         if request.graph is None:
             return
         budget = self.tree.catalogue.max_num_batched_tokens
         if request.prompt.rows > budget:
-            raise AdmissionError(
-                f"a prompt with a graph must fit into one step: it has {request.prompt.rows} tokens, max_num_batched_tokens "
-                f"is {budget}; {user_line()}"
-            )
+            cut = self._known(request.graph, tensors, request.prompt.rows).cut
+            if isinstance(cut, Whole):
+                raise AdmissionError(
+                    f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
+                    f"max_num_batched_tokens is {budget}; {user_line()}"
+                )
         is_structured = request.sampling.structured_outputs is not None
         if is_structured and "samples.output" in sites_written(decode(request.graph).body):
             raise AdmissionError(f"samples can't be edited under structured outputs; {user_line()}")
@@ -199,8 +205,8 @@ class Engine:
 
     def sendable(self, request: Request, tensors: dict[str, bytes]) -> tuple[Any, Any]:
         """The request's prompt and sampling parameters as vLLM takes them, its graph among them."""
-        caching = None if request.graph is None else self._caching(request.graph, tensors)
-        return _prompt(request, caching), _params(request, caching)
+        known = None if request.graph is None else self._known(request.graph, tensors, request.prompt.rows)
+        return _prompt(request, known), _params(request, known)
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
@@ -243,21 +249,34 @@ def refusals() -> tuple[type[Exception], ...]:
     return ValueError, TypeError, VLLMClientError, GracefulHTTPError
 
 
-def _prompt(request: Request, caching: Caching | None) -> Any:
+def _prompt(request: Request, known: Known | None) -> Any:
+    """What vLLM takes. A salt that isn't for all of the prompt's blocks goes with the sampling parameters."""
     prompt = request.prompt.engine
-    if request.graph is None or caching is None:
-        return prompt
-    salt = salt_of(caching.salt, request.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
+    salt = None if known is None or known.caching.first > 0 else _salt(request, known)
     return prompt if salt is None else {**prompt, "cache_salt": salt}
 
 
-def _params(request: Request, caching: Caching | None) -> Any:
+def _params(request: Request, known: Known | None) -> Any:
     params = request.sampling.clone()
-    if request.graph is not None and caching is not None:
-        params.extra_args = {**(params.extra_args or {}), FIELD: request.graph}
-        if not caching.reads:
-            params.skip_reading_prefix_cache = True
+    if known is None:
+        return params
+    policy: dict[str, object] = {FIELD: request.graph}
+    if isinstance(known.cut, Cut):
+        policy[CUT] = True
+    if known.caching.most is not None:
+        policy[MOST_CACHED] = known.caching.most
+    if known.caching.first > 0 and (salt := _salt(request, known)) is not None:
+        policy[SALT] = (salt, known.caching.first)
+    params.extra_args = {**(params.extra_args or {}), **policy}
+    if known.caching.most == 0:
+        params.skip_reading_prefix_cache = True
     return params
+
+
+def _salt(request: Request, known: Known) -> str | None:
+    prompt, graph = request.prompt.engine, request.graph
+    assert graph is not None
+    return salt_of(known.caching.salt, graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
 
 
 def _start(make: Callable[..., Any], model: str, arguments: dict[str, object]) -> Any:

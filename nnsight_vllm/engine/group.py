@@ -7,7 +7,7 @@ times, or when some aren't in a step. Each member keeps its identity, its parame
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,11 +239,8 @@ class Group:
         """Members for whom the step computes something else than what comes next."""
         at = self.locate(step)
         positions, counts = step.positions[at], step.starts[at + 1] - step.starts[at]
-        is_prompt = self.iteration == START
-        whole = positions + counts == self.prompt
         following = (positions == self.prompt + self.iteration) & (counts == 1)
-        wrong = ~np.where(is_prompt, whole, following)
-        return [int(i) for i in np.flatnonzero(wrong)]
+        return [int(i) for i in np.flatnonzero(~following)]
 
     def mark_in_step(self) -> None:
         """All members' innermost iterations block is at the iteration of this step."""
@@ -275,6 +272,11 @@ class Group:
         if node not in self._lines:
             self._lines[node] = Lines.of([member.slots.get(node) for member in self.members])
         return self._lines[node]
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Let go of parameters that nobody uses any more."""
+        for id in ids:
+            self._parameters.pop(id, None)
 
     def _known(self, values: list[Any]) -> Lane | None:
         """The same tensors may be several parameters: they are stacked once."""

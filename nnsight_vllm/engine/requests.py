@@ -10,9 +10,10 @@ from typing import Any
 
 from nnsight_vllm.engine.lanes import Ints
 from nnsight_vllm.engine.places import Place
+from nnsight_vllm.engine.progress import Progress
 from nnsight_vllm.engine.results import Outbox, describe
 from nnsight_vllm.engine.tables import Lines, Slot
-from nnsight_vllm.errors import InterventionError, OutOfOrderError
+from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.plan.program import Program
 
@@ -91,7 +92,7 @@ Frame = LoopFrame | IterationsFrame
 
 @dataclass
 class Request:
-    """`pc`: the next instruction. `order`: how far the program is in this iteration.
+    """`pc`: the next instruction. `order`: how far the program is in this iteration. `progress`: until its prompt is computed.
 
     `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives, as it does the
     `slots` of its edits, by node. While the request is in a group, the group has its place in the program and its values.
@@ -115,6 +116,7 @@ class Request:
     num_drawn: int = 0
     num_saved: int = 0  # bytes sent home
     outbox: Outbox = field(default_factory=Outbox)
+    progress: Progress | None = None
     _lines: dict[int, Lines] = field(default_factory=dict)
 
     @property
@@ -131,12 +133,7 @@ class Request:
         raise InterventionError("a site without an iteration outside of an iterations block")
 
     def expects(self, position: int, count: int) -> bool:
-        """Whether the step computes just what comes next: the prompt to its end, or the one next position.
-
-        The prompt's beginning may have been found in the prefix cache; a request that looks at it doesn't ask there.
-        """
-        if self.iteration == START:
-            return position + count == self.prompt_length
+        """Whether the step computes just what comes next, once the prompt is there: the one next position."""
         return count == 1 and position == self.prompt_length + self.iteration
 
     def place_at(self, site: str) -> Place:
@@ -179,3 +176,11 @@ class Request:
         self.place = None
         self.env = {}
         self.frames = []
+
+
+def interrupted(request: Request, position: int, count: int) -> PreemptedError:
+    """The step computes something else of a request than what comes next."""
+    rows = f"positions {position} to {position + count - 1}"
+    if request.iteration == START:
+        return PreemptedError(f"the engine ran {rows} of a prompt of {request.prompt_length} tokens in one step")
+    return PreemptedError(f"the engine evicted the request after iteration {request.iteration} and recomputes {rows}")

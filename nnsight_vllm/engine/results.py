@@ -76,6 +76,10 @@ class Outbox:
         items = started if isinstance(started, list) else self._appended.setdefault(name, [])
         items.append(frozen_copy(value))
 
+    def values(self) -> dict[str, Any]:
+        """What was saved and isn't sent: tensors and the like, not what is followed."""
+        return self._values
+
     def log(self, text: str) -> None:
         self._unsent.add(self._id)
         self._logs.append(text)

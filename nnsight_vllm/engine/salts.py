@@ -1,4 +1,4 @@
-"""What a request with a graph may share of the prefix cache: its salt, made here from what its blocks depend on."""
+"""What a graph lets the scheduler do with its prompt: share blocks of the prefix cache, by a salt made here, and cut it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,45 @@ import json
 import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.plan.caching import Caching, Salt, caching_of
+from nnsight_vllm.plan.cutting import Whole, cut_of
+from nnsight_vllm.plan.pieces import Cut
 
 _NAME = "nnsight_vllm"
 
 
-def caching_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes]], Caching]:
-    """A function: how a graph and the cache may meet, given the graph's constants as safetensors bytes by digest.
+@dataclass(frozen=True)
+class Known:
+    """What the scheduler has to know of a graph over a prompt."""
 
-    Bytes that are no legal graph share nothing; the worker refuses them.
+    caching: Caching
+    cut: Cut | Whole
+
+
+def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int], Known]:
+    """A function: how a graph and the cache may meet, and whether its prompt may come in pieces.
+
+    It's given the graph's constants as safetensors bytes by digest, and the prompt's length. Bytes that are no legal graph
+    share nothing; the worker refuses them.
     """
     trailing = {site.name: len(site.shape) - 1 for site in catalogue.sites}
 
-    def caching(graph: bytes, tensors: Mapping[str, bytes]) -> Caching:
+    def known(graph: bytes, tensors: Mapping[str, bytes], num_rows: int) -> Known:
+        facts = trailing.__getitem__, lambda digest: _rank(tensors[digest]), num_rows
         try:
-            return caching_of(decode(graph), trailing.__getitem__, lambda digest: _rank(tensors[digest]))
+            decoded = decode(graph)
+            caching, cut = caching_of(decoded, *facts), cut_of(decoded, *facts)
         except Exception:  # a stranger's bytes may be wrong in any way
-            return Caching(Salt.UNIQUE, False)
+            return Known(Caching(Salt.UNIQUE, 0), Whole("it isn't a legal graph"))
+        if caching.has_parts and isinstance(cut, Whole):  # its rows' numbers can't be told from their positions
+            caching = replace(caching, most=0)
+        return Known(caching, cut)
 
-    return caching
+    return known
 
 
 def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None) -> str | None:

@@ -1,8 +1,11 @@
-"""vLLM's schedulers, with three rules more.
+"""vLLM's schedulers, with four rules more.
 
-A prompt that carries a graph is computed whole, in one step. When what is left of a step's token budget can't take such a
-prompt, it waits, and whoever came after it waits too: first come first served stays true, and since the running ones
-end, its turn comes.
+A prompt with a graph that needs it whole is computed in one step. When what is left of a step's token budget can't take such
+a prompt, it waits, and whoever came after it waits too: first come first served stays true, and since the running ones
+end, its turn comes. Prompts with other graphs are cut as vLLM likes.
+
+A graph that looks at rows of the prompt from some position on takes none of those from the prefix cache, and one that changes
+rows from some position on leaves plain blocks before it.
 
 Where memory for keys and values runs out, requests without graphs are evicted first: vLLM computes them again as they were,
 while a graph starts again from its prompt.
@@ -21,8 +24,9 @@ from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from nnsight_vllm.engine.compat import graph_of
+from nnsight_vllm.engine.compat import graph_of, may_be_cut, most_cached
 from nnsight_vllm.engine.messages import Packed
+from nnsight_vllm.engine.salting import salt_from, set_apart
 from nnsight_vllm.errors import EngineSettingError
 
 
@@ -35,11 +39,12 @@ class Policy:
     kv_cache_manager: Any
     finish_requests: Any
     block_size: int
+    hash_block_size: int
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         for request in self.waiting:
             if request.num_preemptions and _has_graph(request):
-                _set_apart(request)
+                set_apart(request)
         if self._may_evict():  # it takes the last ones
             self.running.sort(key=_has_graph, reverse=True)
         held = self._hold_back()
@@ -48,6 +53,10 @@ class Policy:
         finally:
             for request in held:
                 self.waiting.add_request(request)
+
+    def add_request(self, request: Any) -> None:
+        salt_from(request, self.hash_block_size)
+        super().add_request(request)  # type: ignore[misc]
 
     def update_from_output(self, scheduled: Any, output: Any) -> Any:
         """vLLM's own, with our messages among its outputs; requests whose last one is there go at once."""
@@ -76,7 +85,7 @@ class Policy:
 
     def _hold_back(self) -> list[Any]:
         """Take the first graph's prompt that doesn't fit, and all behind it, out of the queue; in queue order."""
-        first = self._first_too_long() if any(map(_has_graph, self.waiting)) else None
+        first = self._first_too_long() if any(map(_is_whole, self.waiting)) else None
         if first is None:
             return []
         order = list(self.waiting)
@@ -95,7 +104,7 @@ class Policy:
 
     def _is_worth_waiting(self, request: Any, missing: int) -> bool:
         """Not for what no step can take, nor for an evicted request: the worker fails those."""
-        return _has_graph(request) and missing <= self.max_num_scheduled_tokens and request.num_preemptions == 0
+        return _is_whole(request) and missing <= self.max_num_scheduled_tokens and request.num_preemptions == 0
 
 
 class SyncScheduler(Policy, VllmScheduler):
@@ -111,21 +120,34 @@ def Scheduler(**kwargs: Any) -> SyncScheduler | AsyncScheduler:
     config = kwargs["vllm_config"].scheduler_config
     if config.long_prefill_token_threshold > 0:
         raise EngineSettingError(
-            f"long_prefill_token_threshold={config.long_prefill_token_threshold}: it would cut prompts with graphs"
+            f"long_prefill_token_threshold={config.long_prefill_token_threshold}: it would cut prompts that graphs need whole"
         )
-    return AsyncScheduler(**kwargs) if config.async_scheduling else SyncScheduler(**kwargs)
+    scheduler = AsyncScheduler(**kwargs) if config.async_scheduling else SyncScheduler(**kwargs)
+    limit_hits(scheduler.kv_cache_manager)
+    return scheduler
 
 
-def _set_apart(request: Any) -> None:
-    """The worker fails an evicted request and computes its rows without its edits: nobody may take them for edited ones."""
-    if request.cache_salt is not None and not request.cache_salt.endswith(request.request_id):
-        request.cache_salt += f":{request.request_id}"
-        request.block_hashes.clear()
-        request.update_block_hashes()
+def limit_hits(manager: Any) -> None:
+    """Have vLLM's manager of the cache find no more of a prompt than its graph leaves to the cache."""
+    find = manager.get_computed_blocks
+
+    def get_computed_blocks(request: Any) -> Any:
+        most = most_cached(request.sampling_params)
+        if not most or most >= request.num_tokens - 1 or not manager.prefix_cache_lookup_enabled(request):
+            return find(request)
+        # A longer hit can't be shortened: in a sliding window it has no blocks of the tokens before.
+        blocks, num_found, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, most)
+        return manager.create_kv_cache_blocks(blocks), num_found, 0
+
+    manager.get_computed_blocks = get_computed_blocks
 
 
 def _has_graph(request: Any) -> bool:
     return graph_of(request.sampling_params) is not None
+
+
+def _is_whole(request: Any) -> bool:
+    return _has_graph(request) and not may_be_cut(request.sampling_params)
 
 
 def _missing(request: Any) -> int:

@@ -121,7 +121,10 @@ class ProgramCache:
 
     def get(self, data: bytes) -> tuple[Program, list[Parameter]]:
         """The program of these graph bytes, and what the graph has of its own. Raises what decoding and checking raise."""
-        graph = decode(data)
+        return self.of(decode(data))
+
+    def of(self, graph: Graph) -> tuple[Program, list[Parameter]]:
+        """The same for a graph that is decoded already."""
         template = split(graph)
         key = digest(encode(template.graph))
         self._check_once(graph, key, template.bounds)

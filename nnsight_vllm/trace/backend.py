@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,8 +101,8 @@ class Backend(Protocol):
     def sampling(self, arguments: dict[str, object]) -> Any:
         """Checked sampling parameters; has `.max_tokens` and `.n`. Raises `AdmissionError`."""
 
-    def admit(self, request: Request) -> None:
-        """Raise `AdmissionError` if the engine can't take this request."""
+    def admit(self, request: Request, tensors: Mapping[str, bytes]) -> None:
+        """Raise `AdmissionError` if the engine can't take this request. `tensors`: its constants."""
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
         """Run all requests together."""

@@ -91,7 +91,7 @@ class Invoke(Recording):
         self.graph = self.recorder.graph()
         self.recorder.state = "closed"
         check(self.graph, self.tracer.backend.tree.catalogue)
-        self.tracer.backend.admit(self.request())
+        self.tracer.backend.admit(self.request(), self.tracer.constants.data)
         self.tracer.add(self)
 
     def request(self) -> Request:

@@ -374,7 +374,7 @@ def test_a_token_that_cannot_be_fails_the_request_and_the_drawn_one_stays(
 
 
 def test_a_prompt_in_pieces_or_an_evicted_request_fails_and_may_be_sent_again(toy: Toy) -> None:
-    data = graph(Iterations(0, 0, None, 1, 1, Block([Read(2, "0.out", None)])))
+    data = graph(Iterations(0, 0, None, 1, 1, Block([Read(2, "0.out", None), Op(3, "tensor.mean", [Ref(2)])])))
     toy.add("cut", data, prompt=3)
     toy.add("evicted", data, prompt=2)
     toy.step(cut=(2, 0), evicted=(2, 0))

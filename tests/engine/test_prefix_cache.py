@@ -73,6 +73,37 @@ def spreading(model: VLLM, tracer: Any) -> None:
     h += h.mean(0)
 
 
+def setting_row(model: VLLM, tracer: Any) -> None:
+    model.model.layers[0].output[0][5] = vector(model, 3)
+
+
+def adding_from(row: int) -> Program:
+    def program(model: VLLM, tracer: Any) -> Any:
+        h = model.model.layers[0].output[0]
+        h[row:] += vector(model, 6)
+        return model.model.layers[1].output[0][row:].save()
+
+    return program
+
+
+def rows_from(row: int) -> Program:
+    def program(model: VLLM, tracer: Any) -> Any:
+        return model.model.layers[1].output[0][row:].save()
+
+    return program
+
+
+def a_row(model: VLLM, tracer: Any) -> Any:
+    return model.model.layers[1].output[0][70].save()
+
+
+def doubting(model: VLLM, tracer: Any) -> Any:
+    h = model.model.layers[0].output[0]
+    with tracer.cond(h[-1].sum() < 1000):
+        h[-1] = vector(model, 8)
+    return model.model.layers[1].output[0][-1].save()
+
+
 def later(model: VLLM, tracer: Any) -> None:
     with tracer.iter[1:]:
         h = model.model.layers[0].output[0]
@@ -157,15 +188,61 @@ def test_an_edit_at_the_end_of_a_prompt_is_not_its_continuations(model: VLLM) ->
     long = [*short, *prompt(5, 20)]
     run(model, short, setting_last)
     result, logits, _ = run(model, long, setting_last)
-    assert cached(result) == 0
+    assert cached(result) == BLOCK  # what comes before the edit
     again, other, _ = run(model, long, setting_last)
     assert cached(again) == 2 * BLOCK
     close(other, logits)
+    model.llm.reset_prefix_cache()
+    alone, other, _ = run(model, long, setting_last)
+    assert cached(alone) == 0
+    close(other, logits)
+
+
+def test_an_edit_at_a_position_is_shared_by_longer_prompts(model: VLLM) -> None:
+    ids = prompt(20, 100)
+    first, _, _ = run(model, ids, setting_row, 8)
+    longer, _, _ = run(model, [*ids, *prompt(21, 40)], setting_row, 8)
+    clean, _, _ = run(model, ids, plain)
+    assert [cached(result) for result in (first, longer, clean)] == [0, 3 * BLOCK, 0]
+    again, _, _ = run(model, ids, setting_row, 8)
+    assert cached(again) == 3 * BLOCK and again.token_ids == first.token_ids
+    model.llm.reset_prefix_cache()
+    alone, _, _ = run(model, [*ids, *prompt(21, 40)], setting_row, 8)
+    assert (cached(alone), alone.token_ids) == (0, longer.token_ids)
+
+
+def test_edits_share_the_plain_blocks_before_them_and_leave_some(model: VLLM) -> None:
+    ids = prompt(22, 110)
+    edited = adding_from(70)
+    first, _, rows = run(model, ids, edited)
+    clean, logits, _ = run(model, ids, plain)
+    again, _, same = run(model, ids, edited)
+    other, _, _ = run(model, ids, adding_from(80))
+    doubted, _, last = run(model, ids, doubting)
+    assert [cached(result) for result in (first, clean, again, other, doubted)] == [0, *[2 * BLOCK] * 3, 3 * BLOCK]
+    close(same, rows)
+    model.llm.reset_prefix_cache()
+    alone, others, _ = run(model, ids, plain)
+    assert cached(alone) == 0
+    close(logits, others)
+    model.llm.reset_prefix_cache()
+    close(run(model, ids, doubting)[2], last)
+
+
+@pytest.mark.parametrize(("looking", "hits"), [(rows_from(70), 2), (a_row, 2), (rows_from(31), 0), (rows_from(96), 3)])
+def test_reads_from_a_position_on_use_plain_blocks_before_it(model: VLLM, looking: Program, hits: int) -> None:
+    ids = prompt(23, 120)
+    first, _, rows = run(model, ids, looking)
+    again, _, same = run(model, ids, looking)
+    assert (cached(first), cached(again)) == (0, hits * BLOCK)
+    assert same.shape == rows.shape
+    close(same, rows)
+    assert cached(run(model, ids, plain)[0]) == 3 * BLOCK
 
 
 def test_the_second_turn_of_a_chat(model: VLLM) -> None:
     ids = prompt(6, BLOCK + 10)
-    for program, hits in ((later, 0), (steering(1), 2 * BLOCK)):
+    for program, hits in ((later, BLOCK), (steering(1), 2 * BLOCK)):
         first, _, _ = run(model, ids, program, 40)
         second = [*ids, *first.token_ids, *prompt(7, 5)]
         result, _, _ = run(model, second, program, 8)
@@ -192,6 +269,10 @@ PROGRAMS: list[Program] = [
     spreading,
     banning,
     later,
+    setting_row,
+    adding_from(10),
+    rows_from(15),
+    doubting,
     projecting,
     steering(1),
     steering(2),

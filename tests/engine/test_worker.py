@@ -24,6 +24,11 @@ PUSH = graph(
     )
 )
 
+MEAN = graph(
+    Read(0, RESIDUAL, 0), Op(1, "tensor.mean", [Ref(0), 0]), Op(2, "py.iadd", [Ref(0), Ref(1)], writes=RESIDUAL)
+)
+KEEP = graph(Read(0, RESIDUAL, 0), Save(1, "rows", Ref(0)))
+
 
 @pytest.fixture(scope="module", params=["sync", "async"])
 def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], str]) -> Iterator[RawEngine]:
@@ -156,10 +161,10 @@ def test_an_edit_of_the_token_is_refused_under_structured_outputs(engine: RawEng
     assert answer.failures == ["InterventionError"]
 
 
-def test_prompts_with_graphs_are_computed_whole_and_in_turn(engine: RawEngine) -> None:
+def test_prompts_that_graphs_need_whole_are_computed_in_turn(engine: RawEngine) -> None:
     long = [3 + i % 50 for i in range(40)]
     params = {"max_tokens": 2}
-    answers = engine.generate(plain(long, **params), (long, PUSH, params), plain(PROMPT, **params))
+    answers = engine.generate(plain(long, **params), (long, MEAN, params), plain(PROMPT, **params))
     assert [answer.failures for answer in answers] == [[], [], []]
     assert engine.steps[0] == {0: 40}
     assert engine.steps[1] == {0: 1, 1: 40, 2: 4}
@@ -174,7 +179,7 @@ def test_without_graphs_prompts_are_cut_as_ever(engine: RawEngine) -> None:
 def test_an_evicted_request_fails_and_may_be_sent_again(engine: RawEngine) -> None:
     ids = [3 + i for i in range(30)]
     params = {"max_tokens": 60}
-    first, evicted = engine.generate((ids, PUSH, params), (ids[::-1], PUSH, params))
+    first, evicted = engine.generate((ids, PUSH, params), (ids[:20], PUSH, params))
     (failure,) = [delta.failure for delta in evicted.deltas if delta.failure]
     assert (failure.kind, failure.retryable) == ("PreemptedError", True)
     assert first.tokens == engine.generate((ids, PUSH, params))[0].tokens
@@ -190,8 +195,65 @@ def test_one_without_a_graph_is_evicted_before_one_with(engine: RawEngine) -> No
 
 
 def test_a_prompt_that_no_step_can_take_fails_instead_of_waiting(engine: RawEngine) -> None:
-    (answer,) = engine.generate(([3] * 70, PUSH, {"max_tokens": 2}))
+    (answer,) = engine.generate(([3] * 70, MEAN, {"max_tokens": 2}))
     assert answer.failures == ["PreemptedError"]
+
+
+def test_prompts_that_may_be_cut_are_cut_as_those_without_graphs(engine: RawEngine) -> None:
+    ids = [3 + i % 50 for i in range(40)]
+    params = {"max_tokens": 3, "cut": True}
+    (alone,) = engine.generate((ids, KEEP, params))
+    whole = saves(alone)["rows"]
+    first, second, third = engine.generate(plain(ids, max_tokens=3), (ids, KEEP, params), (ids[:20], PUSH, params))
+    assert engine.steps[:2] == [{0: 40, 1: 24}, {0: 1, 1: 16, 2: 20}]
+    assert first.failures == second.failures == third.failures == []
+    assert second.tokens == alone.tokens and first.tokens == alone.tokens
+    torch.testing.assert_close(torch.tensor(saves(second)["rows"]), torch.tensor(whole), rtol=0, atol=1e-4)
+    (long,) = engine.generate((ids + ids, KEEP, params))
+    assert engine.steps[:2] == [{0: 64}, {0: 16}]
+    assert torch.tensor(saves(long)["rows"][0]).shape[0] == 80
+
+
+def test_prompt_logprobs_of_a_prompt_in_pieces_are_those_without_a_graph(engine: RawEngine) -> None:
+    ids = [3 + i % 50 for i in range(90)]
+    params = {"max_tokens": 2, "prompt_logprobs": 1}
+    body = Block([Read(2, "logits.output", None), Op(3, "py.size", [Ref(2)]), Op(4, "py.append", [Ref(0), Ref(3)])])
+    data = graph(Op(0, "py.list"), Save(5, "shapes", Ref(0)), Iterations(6, 0, 2, 1, 1, body))
+    (answer,) = engine.generate((ids, data, {**params, "cut": True}))
+    (without,) = engine.generate(plain(ids, **params))
+    assert saves(answer)["shapes"] == [[(1, VOCAB)], [(1, VOCAB)]]
+    assert answer.output.prompt_logprobs == without.output.prompt_logprobs
+
+
+def test_an_abort_in_the_middle_of_a_prompt_frees_all_of_it(engine: RawEngine) -> None:
+    from vllm import SamplingParams
+
+    core, pool = engine.llm.llm_engine, engine.core.scheduler.kv_cache_manager.block_pool
+    engine.generate(plain(PROMPT, max_tokens=1))
+    free = pool.get_num_free_blocks()
+    extra = {"nnsight_vllm": KEEP, "nnsight_vllm_cut": True}
+    core.add_request("1000000", {"prompt_token_ids": [7] * 100}, SamplingParams(max_tokens=2, extra_args=extra))
+    for _ in range(3):
+        if not engine.worker.executor._prefill.num_held:
+            core.step()
+    assert engine.worker.executor._prefill.num_held
+    assert pool.get_num_free_blocks() < free
+    core.abort_request(["1000000"])
+    engine.generate(plain(PROMPT, max_tokens=1))
+    assert engine.worker.executor._prefill.num_held == 0
+    assert (pool.get_num_free_blocks(), engine.leftovers()) == (free, [])
+
+
+def test_a_request_that_is_evicted_in_the_middle_of_its_prompt_fails_and_may_be_sent_again(engine: RawEngine) -> None:
+    grows, long = [3 + i % 50 for i in range(63)], [9 + i % 40 for i in range(90)]
+    params = {"max_tokens": 20, "cut": True}
+    first, evicted = engine.generate((grows, PUSH, params), (long, KEEP, params))
+    assert engine.steps[:2] == [{0: 63, 1: 1}, {0: 1, 1: 63}]
+    assert 1 not in engine.steps[2]
+    (failure,) = [delta.failure for delta in evicted.deltas if delta.failure]
+    assert (failure.kind, failure.retryable) == ("PreemptedError", True)
+    assert "rows" not in saves(evicted)
+    assert first.tokens == engine.generate((grows, PUSH, params))[0].tokens
 
 
 def test_state_is_reported_until_its_request_ends(engine: RawEngine) -> None:
