@@ -229,6 +229,26 @@ def test_edits_share_the_plain_blocks_before_them_and_leave_some(model: VLLM) ->
     close(run(model, ids, doubting)[2], last)
 
 
+def test_many_edits_of_one_prompts_end_compute_its_beginning_once(model: VLLM) -> None:
+    ids = prompt(24, 110)
+
+    def send(seeds: list[int]) -> list[tuple[Any, Any]]:
+        found = []
+        with model.trace(temperature=0.0, max_tokens=2, ignore_eos=True) as tracer:
+            for seed in seeds:
+                with tracer.invoke(ids):
+                    model.model.layers[0].output[0][-1] = vector(model, seed)
+                    found.append((tracer.result.save(), model.logits.output.save()))
+        return found
+
+    together = send([0, 1, 2, 3, 4, 5])
+    assert [cached(result) for result, _ in together] == [0, *[3 * BLOCK] * 5]
+    model.llm.reset_prefix_cache()
+    for seed, (_, logits) in enumerate(together):
+        ((_, expected),) = send([seed])
+        close(logits, expected)
+
+
 @pytest.mark.parametrize(("looking", "hits"), [(rows_from(70), 2), (a_row, 2), (rows_from(31), 0), (rows_from(96), 3)])
 def test_reads_from_a_position_on_use_plain_blocks_before_it(model: VLLM, looking: Program, hits: int) -> None:
     ids = prompt(23, 120)
