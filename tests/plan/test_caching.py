@@ -133,6 +133,7 @@ BY_LENGTH = {
     "the last row set": every(lambda h, m: h.__setitem__(-1, V)),
     "the last row by itself": every(lambda h, m: _imul(h[-1], h[-1])),
     "a slice in every iteration": every(lambda h, m: _iadd(h[1:], V)),
+    "the first rows in every iteration": every(lambda h, m: _iadd(h[:2], V)),
     "a slice to the end": lambda m, t: _iadd(m.model.layers[0].output[0][1:], V),
     "rows from the end": lambda m, t: m.model.layers[0].output[0].__setitem__(slice(-3, -1), V),
     "a row from the end": lambda m, t: _iadd(m.model.layers[0].output[0][-2], V),

@@ -11,8 +11,9 @@ from fake_model import HIDDEN, FakeModel, catalogue
 import nnsight_vllm as nv
 from nnsight_vllm.engine.salts import known_by
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Read, Ref
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.plan.cutting import Whole
+from nnsight_vllm.plan.cutting import Whole, cut_of
 from nnsight_vllm.plan.pieces import Cut
 
 V = torch.ones(HIDDEN)
@@ -174,3 +175,9 @@ def test_columns_that_a_tensor_chooses_are_taken_of_each_row() -> None:
         h[:, torch.tensor([2, 4])].save()
 
     assert piece(cut(program), 0, 4).splitlines()[2] == "%2 = py.setitem(%0, (:, %1), 0) writes model.layers.0.output"
+
+
+def test_a_constant_that_pieces_would_make_random_each_for_itself_is_made_once() -> None:
+    nodes = [Const(0, "0" * 64), Op(1, "tensor.normal_", [Ref(0)]), Read(2, "model.layers.0.output", 0)]
+    found = cut_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, 8)  # type: ignore[arg-type]
+    assert found == Whole("tensor.normal_ changes a constant by other values")
