@@ -246,7 +246,7 @@ def test_many_edits_of_one_prompts_end_compute_its_beginning_once(model: VLLM) -
     model.llm.reset_prefix_cache()
     for seed, (_, logits) in enumerate(together):
         ((_, expected),) = send([seed])
-        close(logits, expected)
+        close(logits.value, expected.value)
 
 
 @pytest.mark.parametrize(("looking", "hits"), [(rows_from(70), 2), (a_row, 2), (rows_from(31), 0), (rows_from(96), 3)])
