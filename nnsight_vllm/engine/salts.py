@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,14 +18,19 @@ from nnsight_vllm.plan.cutting import Whole, cut_of
 from nnsight_vllm.plan.pieces import Cut
 
 _NAME = "nnsight_vllm"
+_MAX_KNOWN = 512
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Known:
-    """What the scheduler has to know of a graph over a prompt."""
+    """What the scheduler has to know of a graph over a prompt. Graphs that differ in nothing but tensors share it."""
 
     caching: Caching
     cut: Cut | Whole
+
+
+_ILLEGAL = Known(Caching(Salt.UNIQUE, 0), Whole("it isn't a legal graph"))
 
 
 def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int], Known]:
@@ -33,14 +40,27 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
     share nothing; the worker refuses them.
     """
     trailing = {site.name: len(site.shape) - 1 for site in catalogue.sites}
+    found: OrderedDict[tuple[bytes, int], Known] = OrderedDict()
 
     def known(graph: bytes, tensors: Mapping[str, bytes], num_rows: int) -> Known:
+        try:
+            key = _without_tensors(graph, tensors), num_rows
+        except Exception:  # a stranger's bytes may be wrong in any way
+            return _ILLEGAL
+        if key not in found:
+            found[key] = analysed(graph, tensors, num_rows)
+        found.move_to_end(key)
+        if len(found) > _MAX_KNOWN:
+            found.popitem(last=False)
+        return found[key]
+
+    def analysed(graph: bytes, tensors: Mapping[str, bytes], num_rows: int) -> Known:
         facts = trailing.__getitem__, lambda digest: _rank(tensors[digest]), num_rows
         try:
             decoded = decode(graph)
             caching, cut = caching_of(decoded, *facts), cut_of(decoded, *facts)
         except Exception:  # a stranger's bytes may be wrong in any way
-            return Known(Caching(Salt.UNIQUE, 0), Whole("it isn't a legal graph"))
+            return _ILLEGAL
         if caching.has_parts and isinstance(cut, Whole):  # its rows' numbers can't be told from their positions
             caching = replace(caching, most=0)
         return Known(caching, cut)
@@ -63,6 +83,16 @@ def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None) ->
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
     return f"{_NAME}:{found.hexdigest()}"
+
+
+def _without_tensors(graph: bytes, tensors: Mapping[str, bytes]) -> bytes:
+    """A graph's bytes with the number of a tensor's dimensions in its digest's place."""
+
+    def named(match: re.Match[bytes]) -> bytes:
+        data = tensors.get(match[0].decode())
+        return match[0] if data is None else b"rank %d" % _rank(data)
+
+    return _DIGEST.sub(named, graph)
 
 
 def _rank(data: bytes) -> int:

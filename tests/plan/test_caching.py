@@ -14,8 +14,9 @@ from nnsight_vllm import edits
 from nnsight_vllm.engine.salts import known_by, salt_of
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations, Op, Read, Ref
 from nnsight_vllm.graph.wire import encode
-from nnsight_vllm.plan.caching import Salt
-from nnsight_vllm.plan.cutting import Whole
+from nnsight_vllm.plan.caching import Caching, Salt
+from nnsight_vllm.plan.cutting import Whole, cut_of
+from nnsight_vllm.plan.pieces import Cut
 
 V, W, M = torch.ones(HIDDEN), torch.arange(float(HIDDEN)), torch.eye(HIDDEN)
 
@@ -358,3 +359,33 @@ def test_salts_hold_what_they_say() -> None:
     assert salt(Salt.PROMPT) == salt(Salt.PROMPT) != salt(Salt.PROMPT, prompt=(3, 4))
     assert salt(Salt.UNIQUE) != salt(Salt.UNIQUE)
     assert len({salt(kind) for kind in Salt}) == len(Salt)
+
+
+def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+
+    def look(graph: Graph, trailing: Any, rank: Any, num_rows: int) -> Cut | Whole:
+        looked.append(num_rows)
+        return cut_of(graph, trailing, rank, num_rows)
+
+    monkeypatch.setattr("nnsight_vllm.engine.salts.cut_of", look)
+    known = known_by(catalogue())
+
+    def ask(value: torch.Tensor, rows: int = 4) -> Any:
+        model = FakeModel()
+        with model.trace("a b c d", max_tokens=4) as tracer:
+            model.model.layers[0].output[0][:] += value
+        (request,) = model.__dict__["backend"].requests
+        return known(request.graph, tracer.constants.data, rows)
+
+    assert ask(V) is ask(W) is not ask(V, 5)
+    assert looked == [4, 5]
+    assert isinstance(ask(V).cut, Cut) and isinstance(ask(torch.ones(4, HIDDEN)).cut, Whole)
+    assert looked == [4, 5, 4]
+
+
+def test_tensors_that_are_none_share_nothing() -> None:
+    graph = encode(Graph(Block([Const(1, "0" * 64)])))
+    assert known_by(catalogue())(graph, {"0" * 64: b"not a tensor"}, 4).caching == Caching(Salt.UNIQUE, 0)
