@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nnsight_vllm.errors import RecordError as RecordError
     from nnsight_vllm.errors import RefusedError as RefusedError
     from nnsight_vllm.errors import ScopeError as ScopeError
+    from nnsight_vllm.errors import UnknownEditError as UnknownEditError
     from nnsight_vllm.errors import UnknownModuleError as UnknownModuleError
     from nnsight_vllm.errors import ValueNotSetError as ValueNotSetError
     from nnsight_vllm.model import VLLM as VLLM
@@ -55,6 +56,7 @@ _ERRORS = (
     "RecordError",
     "RefusedError",
     "ScopeError",
+    "UnknownEditError",
     "UnknownModuleError",
     "ValueNotSetError",
 )

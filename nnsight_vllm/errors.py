@@ -11,6 +11,7 @@ NNsightError
 ├── GraphError                  a graph that isn't legal (bad bytes, unknown op, dangling value)
 ├── ValueNotSetError            a proxy's value is read, but it was not saved or never computed
 ├── AdmissionError              the request can't be accepted: prompt, sampling arguments, limits
+│   └── UnknownEditError        no edit has this name; names the nearest ones
 ├── EngineSettingError          an engine setting that graphs don't support yet
 ├── InterventionError           the graph failed while it ran; carries the user's file and line
 │   └── PreemptedError          the engine evicted the request; sending it again may succeed
@@ -63,6 +64,12 @@ class ValueNotSetError(NNsightError):
 
 class AdmissionError(NNsightError, ValueError):
     """A request that the engine can't accept."""
+
+
+class UnknownEditError(AdmissionError, KeyError):
+    """No edit has this name."""
+
+    __str__ = Exception.__str__  # `KeyError` would show the message quoted
 
 
 class EngineSettingError(NNsightError, ValueError):

@@ -11,6 +11,7 @@ from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoin
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.async_tracer import AsyncTracer
+from nnsight_vllm.trace.editable import Editable
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
@@ -52,7 +53,7 @@ class _Start:
             running.close()
 
 
-class VLLM(Envoy):
+class VLLM(Editable):
     """A vLLM engine with Hugging Face's module tree.
 
     `arguments` are any of `vllm.LLM`. With `mode="async"` the engine is vLLM's `AsyncLLM`: a trace is recorded as ever, and runs
@@ -92,18 +93,19 @@ class VLLM(Envoy):
         """Record interventions in a `with` block, and run them when it ends; in async mode, when the tracer is awaited.
 
         With a prompt the trace is one request; without, each `tracer.invoke(prompt)` is one, and the engine batches
-        them. `arguments` are vLLM's sampling parameters. `scan` and `validate` are accepted and change nothing: every
-        operation is tried on tensors without data while it is recorded.
+        them. `arguments` are vLLM's sampling parameters, and `edits`: named edits to run with, in order. `scan`
+        and `validate` are accepted and change nothing: every operation is tried on tensors without data while it is
+        recorded.
         """
         for name in ("scan", "validate"):
             arguments.pop(name, None)
         if self.__dict__["_mode"] == "async":
-            return AsyncTracer(cast("AsyncEngine", self._engine), inputs, arguments)
-        return Tracer(self._engine, inputs, arguments)
+            return AsyncTracer(cast("AsyncEngine", self._engine), inputs, arguments, self._standing)
+        return Tracer(self._engine, inputs, arguments, standing=self._standing)
 
     def scan(self, *inputs: object, **arguments: object) -> Tracer:
         """`trace` without the run: shapes and types are known, errors are raised, nothing has a value."""
-        return Tracer(self._engine, inputs, arguments, runs=False)
+        return Tracer(self._engine, inputs, arguments, runs=False, standing=self._standing)
 
     def generate(self, *inputs: object, **arguments: object) -> Tracer:
         """`trace` by its other name; `max_new_tokens` is `max_tokens`."""

@@ -10,7 +10,7 @@ from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result, Sample
-from nnsight_vllm.trace.envoy import Envoy
+from nnsight_vllm.trace.editable import Editable
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
 
@@ -84,7 +84,7 @@ class FakeBackend:
         return "\n\n".join(render(decode(r.graph)) for r in self.requests if r.graph)
 
 
-class FakeModel(Envoy):
+class FakeModel(Editable):
     """What `VLLM` is to the user, on the fake backend."""
 
     def __init__(self, **values: object) -> None:
@@ -93,10 +93,10 @@ class FakeModel(Envoy):
         self.__dict__["backend"] = backend
 
     def trace(self, *inputs: object, **arguments: object) -> Tracer:
-        return Tracer(self.__dict__["backend"], inputs, arguments)
+        return Tracer(self.__dict__["backend"], inputs, arguments, standing=self._standing)
 
     def scan(self, *inputs: object, **arguments: object) -> Tracer:
-        return Tracer(self.__dict__["backend"], inputs, arguments, runs=False)
+        return Tracer(self.__dict__["backend"], inputs, arguments, runs=False, standing=self._standing)
 
     @property
     def printed(self) -> str:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from nnsight_vllm.graph.results import Delta
-from nnsight_vllm.graph.wire import decode_delta
+from nnsight_vllm.graph.wire import decode_deltas
 
 
 @dataclass
@@ -85,8 +85,8 @@ class RawEngine:
         def process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             for output in outputs:
                 if output.pooling_output is not None:
-                    delta = decode_delta(output.pooling_output.numpy().tobytes())
-                    self._deltas.setdefault(output.request_id, []).append(delta)
+                    deltas = decode_deltas(output.pooling_output.numpy().tobytes())
+                    self._deltas.setdefault(output.request_id, []).extend(deltas)
                     output.pooling_output = None
             return process(outputs, *args, **kwargs)
 

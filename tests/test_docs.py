@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conftest import Engines
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/language.md", "docs/batching.md", "docs/scheduling.md", "docs/async.md"]
+PAGES = ["README.md", "docs/language.md", "docs/batching.md", "docs/scheduling.md", "docs/async.md", "docs/edits.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,7 +1,7 @@
 """A model of three layers without a model: sites, taps and steps for the executor, in plain torch.
 
-Layer i adds one to the residual stream, [rows, 4]; `mlp` sites are plain tensors, `output` sites are streams kept as
-hidden + residual. Logits are the last row of the stream, repeated to 8; the drawn token is their argmax.
+Layer i adds one to the residual stream, [rows, 4]; `mlp` sites are plain tensors, `out` sites are streams kept as
+hidden + residual. `mlp.again` is the same tensor at the same tap, and comes after it. Logits are the last row of the stream, repeated to 8; the drawn token is their argmax.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nnsight_vllm.graph.results import (
     TupleValue,
     Value,
 )
-from nnsight_vllm.graph.wire import decode_delta, encode
+from nnsight_vllm.graph.wire import decode_deltas, encode
 from nnsight_vllm.plan.program import ProgramCache
 
 LAYERS, HIDDEN, VOCAB = 3, 4, 8
@@ -97,7 +97,7 @@ class Toy:
         programs = ProgramCache(lambda g: check(g, catalogue))
         self.executor = Executor(table, programs, self.store, cpu, self.batching, self.limits)
 
-    def add(self, name: str, data: bytes, prompt: int = 2, seed: int = 0) -> None:
+    def add(self, name: str, data: bytes | list[bytes], prompt: int = 2, seed: int = 0) -> None:
         self.lengths[name] = prompt
         self.executor.admit(Arrival(name, data, prompt, seed))
 
@@ -115,10 +115,11 @@ class Toy:
         self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
         names = list(rows)
         for place, data in self.executor.end_step(names).packed({name: i for i, name in enumerate(names)}):
-            self._receive(names[place], decode_delta(data.numpy().tobytes()))
+            for delta in decode_deltas(data.numpy().tobytes()):
+                self._receive(names[place], delta)
         return {name: stream[starts[i] : starts[i + 1]] for i, name in enumerate(rows)}
 
-    def run(self, data: bytes, steps: int = 1, prompt: int = 2) -> dict[str, object]:
+    def run(self, data: bytes | list[bytes], steps: int = 1, prompt: int = 2) -> dict[str, object]:
         """One request alone; what it saved."""
         self.add("r", data, prompt)
         for iteration in range(steps):
@@ -179,7 +180,9 @@ def _listed(value: object) -> object:
 def _sites(dtype: str) -> list[Site]:
     sites: list[Site] = []
     for layer in range(LAYERS):
-        mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 2 * layer, (None, HIDDEN), dtype)
-        out = SiteInfo(f"{layer}.out", f"{layer}", "output", 2 * layer + 1, (None, HIDDEN), dtype)
-        sites += [Direct(mlp, 2 * layer, Slot(0)), Stream(out, 2 * layer + 1, Slot(0), Slot(1))]
-    return sites + draw_sites(2 * LAYERS, VOCAB, dtype)
+        mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 3 * layer, (None, HIDDEN), dtype)
+        again = SiteInfo(f"{layer}.mlp.again", f"{layer}.mlp.again", "output", 3 * layer + 1, (None, HIDDEN), dtype)
+        out = SiteInfo(f"{layer}.out", f"{layer}", "output", 3 * layer + 2, (None, HIDDEN), dtype)
+        sites += [Direct(info, 2 * layer, Slot(0)) for info in (mlp, again)]
+        sites.append(Stream(out, 2 * layer + 1, Slot(0), Slot(1)))
+    return sites + draw_sites(3 * LAYERS, VOCAB, dtype)

@@ -31,7 +31,7 @@ from nnsight_vllm.graph.results import (
     TupleValue,
     Value,
 )
-from nnsight_vllm.graph.wire import decode_delta, decode_saved
+from nnsight_vllm.graph.wire import decode_deltas, decode_saved
 from nnsight_vllm.trace.backend import Sample
 
 
@@ -167,9 +167,11 @@ class Collector:
         if state is None or state.detokenizer is None:
             return False
         data, output.pooling_output = output.pooling_output, None
-        delta = decode_delta(memoryview(data.numpy()))
-        self._keep(state, delta)
-        return (delta.stopped or delta.failure is not None) and self._end(output, delta)
+        deltas = decode_deltas(memoryview(data.numpy()))
+        for delta in deltas:
+            self._keep(state, delta)
+        last = next((delta for delta in deltas if delta.stopped or delta.failure is not None), None)
+        return last is not None and self._end(output, last)
 
     def _keep(self, state: Any, delta: Delta) -> None:
         if self._is_collecting:

@@ -87,8 +87,8 @@ def probing_forward(runner: Any) -> Tensor:
     return logits
 
 
-def graph_of(sampling_params: Any) -> bytes | None:
-    """The graph that a request carries, as msgpack bytes."""
+def graph_of(sampling_params: Any) -> bytes | list[bytes] | None:
+    """The graph that a request carries, as msgpack bytes, or several in the order in which they run at a site."""
     return _extra(sampling_params).get(FIELD)
 
 

@@ -2,6 +2,7 @@
 
 The engine's calls, in this order every step: `drop` and `admit`, `begin_step`, the taps' handlers (from inside the
 model), `enter_logits`, `at_tap` for logits and samples, `end_step`. Whatever a graph raises fails that request only.
+A request with several programs is here as several requests of one id (`parts.py`), which run in their order at a site.
 
     alone          requests that run by themselves
     groups         requests at the same point of the same program, which run as one
@@ -26,10 +27,11 @@ from nnsight_vllm.engine.group import Group, key_of
 from nnsight_vllm.engine.group_place import GroupPlace
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
 from nnsight_vllm.engine.messages import Messages
+from nnsight_vllm.engine.parts import Parts, check_names
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.prefill import Piece, Prefill
 from nnsight_vllm.engine.progress import Progress
-from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step, interrupted
+from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step, interrupted, requests_of
 from nnsight_vllm.engine.results import Outbox
 from nnsight_vllm.engine.sheet import GroupSheet
 from nnsight_vllm.engine.sites import Site
@@ -91,12 +93,14 @@ class Executor:
         self._limits = limits
         self._num_saved = 0  # bytes sent home of the requests that live
         self._unsent: set[str] = set()
+        self._several: set[str] = set()  # requests with several programs
+        self._ended: set[Parts] = set()  # those of them that ended in this step
         self._tables = Tables(device)
         self._visits = Visits(device)
         self._interpreter = Interpreter(table.orders, table.calls, device)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
-        self._alone: dict[str, Request] = {}
+        self._alone: dict[tuple[str, int], Request] = {}
         self._groups: list[Group] = []
         self._waiting: dict[int, list[Unit]] = {}
         self._step: Step | None = None
@@ -105,10 +109,14 @@ class Executor:
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
-        outbox = Outbox(arrival.request_id, self._unsent)
-        request = Request(arrival.request_id, arrival.prompt_length, arrival.seed, outbox=outbox)
-        self.requests[request.id] = self._alone[request.id] = request
-        self._guarded(request, lambda: self._load(request, arrival))
+        units = requests_of(arrival, Outbox(arrival.request_id, self._unsent), self._ended)
+        self.requests[arrival.request_id] = units[0]
+        for unit, graph in zip(units, arrival.graphs, strict=True):
+            self._alone[unit.key] = unit
+            self._guarded(unit, partial(self._load, unit, graph, arrival.refuse_samples))
+        if len(units) > 1:
+            self._several.add(arrival.request_id)
+            self._guarded(units[0], partial(check_names, units))
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended."""
@@ -117,20 +125,25 @@ class Executor:
             return
         self._settle()
         for id in gone:
-            request = self.requests.pop(id)
-            self._alone.pop(id, None)
-            self._num_saved -= request.num_saved
-            self._prefill.drop(request)
-            self._tables.release(request.slots.values())
+            for unit in self.requests.pop(id).programs:
+                self._alone.pop(unit.key, None)
+                self._num_saved -= unit.num_saved
+                self._prefill.drop(unit)
+                self._tables.release(unit.slots.values())
             self._unsent.discard(id)
+            self._several.discard(id)
         self._visits.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
     def fail(self, request_id: str, error: Exception) -> None:
         """Fail a request for a reason that the engine knows, also one whose program is over: its edits must stay."""
         request = self.requests.get(request_id)
-        if request is not None and request.status is not Status.FAILED:
+        if request is not None and not request.has_failed:
+            if request.parts is not None:
+                request.parts.reopen()
             request.fail(error, keep_token=False)
+            for unit in request.programs:
+                unit.finish(Status.FAILED)
             self._groups = [part for group in self._groups if (part := _without(group, {request_id})) is not None]
 
     def begin_step(self, step: Step) -> None:
@@ -146,7 +159,7 @@ class Executor:
         for request in list(self._alone.values()):
             index = step.index.get(request.id)
             if not request.is_running:
-                self._alone.pop(request.id)
+                self._alone.pop(request.key)
             elif index is not None:
                 ready += self._begin(request, index, step)
         self._go_on(ready, step)
@@ -158,7 +171,8 @@ class Executor:
     def at_tap(self, tap: int, tensors: Tensors) -> None:
         """The model is at a tap: run whoever waits for a site on it. Never raises."""
         self._active_pop(tap)
-        while units := self._waiting.pop(tap, None):
+        while tap in self._waiting:
+            units = self._due(tap)
             visited = self._visit(units, tensors) if self._batching else {}
             for unit in units:
                 leave = partial(self._leave_site, unit, visited[id(unit)]) if id(unit) in visited else None
@@ -180,7 +194,7 @@ class Executor:
     def writes_samples(self, request_id: str) -> bool:
         """Whether this request may replace the token that is about to be drawn."""
         request = self.requests.get(request_id)
-        return request is not None and request.is_running and request.program.writes_samples
+        return request is not None and any(r.is_running and r.program.writes_samples for r in request.programs)
 
     def fail_step(self, error: Exception) -> None:
         """Fail every request of this step: a defect of ours, in which anything may be wrong."""
@@ -198,10 +212,11 @@ class Executor:
                 self._leave(unit)
         self._prefill.collect(self._excess_held)
         for request, _, excess in self._prefill.joined:
-            if excess and request.status is not Status.FAILED:
+            if excess and not request.has_failed:
                 self._refuse_results(request, excess)
         sent = self._messages(emitting)
         self._prefill.forget(self._groups)
+        self._close_ended()
         self._clear_step()
         if self._interrupt is not None:
             interrupt, self._interrupt = self._interrupt, None
@@ -216,18 +231,21 @@ class Executor:
         found += [f"request {r.id} is in a group and unknown" for r in members if r.id not in self.requests]
         found += [f"a site of a group of {len(group)}" for group in self._groups if group.place is not None]
         found += [f"results of request {id}, which ended" for id in self._unsent.difference(self.requests)]
-        num_lines = sum(len(request.slots) for request in self.requests.values())
+        found += [f"programs of request {id}, which ended" for id in self._several.difference(self.requests)]
+        found += [f"{len(self._ended)} requests that ended in a step that is over"] if self._ended else []
+        units = [unit for request in self.requests.values() for unit in request.programs]
+        found += [f"request {key[0]} runs alone and is unknown" for key in self._alone if key[0] not in self.requests]
+        num_lines = sum(len(unit.slots) for unit in units)
         if self._tables.num_users != num_lines:
             found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
-        num_held = sum(request.progress.num_bytes for request in self.requests.values() if request.progress is not None)
+        num_held = sum(unit.progress.num_bytes for unit in units if unit.progress is not None)
         if self._prefill.num_held != num_held:
             found.append(f"{self._prefill.num_held} bytes of prompts' pieces are held; the requests have {num_held}")
         found += [f"a piece of request {piece.id}" for piece in self._prefill.pieces]
-        for id, request in self.requests.items():
-            if request.place is not None:
-                found.append(f"a working copy of {request.place.name} of request {id}")
-            if id not in known:
-                found.append(f"state of request {id}, which the engine doesn't know")
+        for unit in units:
+            if unit.place is not None:
+                found.append(f"a working copy of {unit.place.name} of request {unit.id}")
+        found += [f"state of request {id}, which the engine doesn't know" for id in self.requests if id not in known]
         return found
 
     def stats(self) -> Stats:
@@ -245,11 +263,11 @@ class Executor:
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _load(self, request: Request, arrival: Arrival) -> None:
-        request.progress = Progress(arrival.graph)
-        request.program, parameters = self.programs.get(arrival.graph)
-        if request.program.writes_samples and arrival.refuse_samples:
-            raise InterventionError(f"the sampled token can't be edited: {arrival.refuse_samples}")
+    def _load(self, request: Request, graph: bytes, refuse_samples: str) -> None:
+        request.progress = Progress(graph)
+        request.program, parameters = self.programs.get(graph)
+        if request.program.writes_samples and refuse_samples:
+            raise InterventionError(f"the sampled token can't be edited: {refuse_samples}")
         for number, value in enumerate(parameters):
             known = self.store.get(value.text) if isinstance(value, Digest) else value
             request.parameters[parameter_of(number)] = known
@@ -289,7 +307,7 @@ class Executor:
             here = [int(i) for i in np.flatnonzero(is_here)]
             for i in set(range(len(group))).difference(here):
                 request = group.select([i]).release()
-                self._alone[request.id] = request
+                self._alone[request.key] = request
             group = group.select(here)
         wrong = group.unexpected(step)
         if wrong:
@@ -328,7 +346,7 @@ class Executor:
         requests = [unit for unit in units if isinstance(unit, Request)]
         for request in requests:
             if not isinstance(request, Piece):  # its owner waits for the next one
-                self._alone.pop(request.id, None)
+                self._alone.pop(request.key, None)
         if requests:
             groups.append(Group.of(requests))
         group = groups[0] if len(groups) == 1 else Group.merged(groups)
@@ -349,6 +367,39 @@ class Executor:
             tap = self._table.sites[site].tap
             self._waiting.setdefault(tap, []).append(unit)
             self._table.active[tap] = partial(self.at_tap, tap)
+
+    def _due(self, tap: int) -> list[Unit]:
+        """Who runs next of those that wait at a tap: all, or where programs of one request may be among them the first ones."""
+        units = self._waiting.pop(tap)
+        if self._several:
+            ranks = [self._rank(unit) for unit in units]
+            later = [unit for unit, rank in zip(units, ranks, strict=True) if rank > min(ranks)]
+            units = [unit for unit, rank in zip(units, ranks, strict=True) if rank == min(ranks)]
+            if later:
+                self._waiting[tap] = later
+        return self._still_running(units) if self._ended else units
+
+    def _rank(self, unit: Unit) -> tuple[int, int]:
+        site = unit.site if isinstance(unit, Group) else unit.wait.site
+        assert site is not None
+        return self._table.orders[site], unit.number
+
+    def _still_running(self, units: Iterable[Unit]) -> list[Unit]:
+        """Without the programs that ended because another one of their request did."""
+        found: list[Unit] = []
+        for unit in units:
+            if isinstance(unit, Group):
+                keep = [i for i, member in enumerate(unit.members) if member.is_running]
+                found += [unit] if len(keep) == len(unit) else [unit.select(keep)] if keep else []
+                self._groups = [group for group in self._groups if group is not unit]
+            elif unit.is_running:
+                found.append(unit)
+        return found
+
+    def _close_ended(self) -> None:
+        if self._ended:
+            self._groups = [unit for unit in self._still_running(self._groups) if isinstance(unit, Group)]
+            self._ended.clear()
 
     def _arrive(self, request: Request, tensors: Tensors) -> None:
         name = request.wait.site
@@ -436,11 +487,11 @@ class Executor:
 
     def _messages(self, emitting: Collection[str]) -> Messages:
         sent = Messages()
-        emits, done = set(emitting), set[str]()
+        emits, done = set(emitting), set[str]()  # of several programs one may have more to send
         for group in list(self._groups):
             if group.sheet.columns and emits.issuperset(group.ids):
                 self._send_together(group, sent)
-                done.update(group.ids)
+                done.update(set(group.ids) - self._several)
             elif group.sheet.columns:
                 group.spill()
             group.sheet.clear()
@@ -455,7 +506,7 @@ class Executor:
         sheet, group.sheet = group.sheet, GroupSheet(len(group))
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
-        excess = self._limits.excess(group.most_saved + size, self._num_saved + size * len(members))
+        excess = self._limits.excess(self._most_saved(group) + size, self._num_saved + size * len(members))
         if not excess and self._unsent.isdisjoint(group.ids):
             self._num_saved += size * len(members)
             group.num_saved += size
@@ -467,26 +518,33 @@ class Executor:
             else:
                 self._send(member, _tensor(member.outbox.take(sheet.sheet_of(i, start, lines))), sent)
 
+    def _most_saved(self, group: Group) -> int:
+        """What one of the group's requests sent home so far at most, in bytes."""
+        if self._several.isdisjoint(group.ids):
+            return group.most_saved
+        self._settle()
+        return max(member.sent_in_all for member in group.members)
+
     def _send(self, request: Request, message: Tensor, sent: Messages) -> None:
         """A message on its way home, unless it brings the request or the engine over its limit."""
         self._settle()
         request.num_saved += message.numel()
         self._num_saved += message.numel()
-        excess = self._limits.excess(request.num_saved, self._num_saved)
-        if excess and request.status is not Status.FAILED:
+        excess = self._limits.excess(request.sent_in_all, self._num_saved)
+        if excess and not request.has_failed:
             self._refuse_results(request, excess)
             message = _tensor(request.outbox.take())
-        sent.single[request.id] = message
+        sent.add(request.id, message)
         if request.outbox.has_ended:
             sent.last.add(request.id)
 
     def _refuse_results(self, request: Request, excess: str) -> None:
         self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
-        request.outbox = Outbox(request.id, self._unsent)
+        request.start_over(Outbox(request.id, self._unsent))
         request.fail(InterventionError(excess), keep_token=True)
 
     def _excess_held(self, request: Request, of_request: int, of_all: int) -> str:
-        return self._limits.excess(request.num_saved + of_request, self._num_saved + of_all)
+        return self._limits.excess(request.sent_in_all + of_request, self._num_saved + of_all)
 
     def _settle(self) -> None:
         for group in self._groups:

@@ -16,8 +16,9 @@ import msgspec
 
 from nnsight_vllm.engine import refusal
 from nnsight_vllm.engine.collect import Collected, Collector
+from nnsight_vllm.engine.parts import MAX_PROGRAMS
 from nnsight_vllm.engine.prompts import make_prompt
-from nnsight_vllm.engine.salts import Known, known_by, salt_of
+from nnsight_vllm.engine.salts import Shared, salt_of, sharing_by
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
@@ -26,7 +27,6 @@ from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.plan.cutting import Whole
-from nnsight_vllm.plan.pieces import Cut
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
 from nnsight_vllm.trace.source import user_line
@@ -62,7 +62,7 @@ class Engine:
             self.llm: Any = _start(self._open, model, engine_arguments(arguments, sites, file, ours))
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
-        self._known = known_by(self.tree.catalogue)
+        self._sharing = sharing_by(self.tree.catalogue)
         self.collector = self._collect(self._core.output_processor)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
@@ -101,18 +101,23 @@ class Engine:
 
     def admit(self, request: Request, tensors: Mapping[str, bytes]) -> None:
         """Raise `AdmissionError` if a request with a graph can't be taken. `tensors`: its constants."""
-        if request.graph is None:
+        if not request.graphs:
             return
+        if len(request.graphs) > MAX_PROGRAMS:
+            raise AdmissionError(
+                f"{len(request.graphs)} graphs in one request; the limit is {MAX_PROGRAMS}: write several edits as one; "
+                f"{user_line()}"
+            )
         budget = self.tree.catalogue.max_num_batched_tokens
         if request.prompt.rows > budget:
-            cut = self._known(request.graph, tensors, request.prompt.rows).cut
+            cut = self._sharing(request.graphs, tensors, request.prompt.rows).cut
             if isinstance(cut, Whole):
                 raise AdmissionError(
                     f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
                     f"max_num_batched_tokens is {budget}; {user_line()}"
                 )
         is_structured = request.sampling.structured_outputs is not None
-        if is_structured and "samples.output" in sites_written(decode(request.graph).body):
+        if is_structured and any("samples.output" in sites_written(decode(graph).body) for graph in request.graphs):
             raise AdmissionError(f"samples can't be edited under structured outputs; {user_line()}")
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
@@ -204,9 +209,9 @@ class Engine:
             raise
 
     def sendable(self, request: Request, tensors: dict[str, bytes]) -> tuple[Any, Any]:
-        """The request's prompt and sampling parameters as vLLM takes them, its graph among them."""
-        known = None if request.graph is None else self._known(request.graph, tensors, request.prompt.rows)
-        return _prompt(request, known), _params(request, known)
+        """The request's prompt and sampling parameters as vLLM takes them, its graphs among them."""
+        shared = self._sharing(request.graphs, tensors, request.prompt.rows) if request.graphs else None
+        return _prompt(request, shared), _params(request, shared)
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
@@ -249,34 +254,34 @@ def refusals() -> tuple[type[Exception], ...]:
     return ValueError, TypeError, VLLMClientError, GracefulHTTPError
 
 
-def _prompt(request: Request, known: Known | None) -> Any:
+def _prompt(request: Request, shared: Shared | None) -> Any:
     """What vLLM takes. A salt that isn't for all of the prompt's blocks goes with the sampling parameters."""
     prompt = request.prompt.engine
-    salt = None if known is None or known.caching.first > 0 else _salt(request, known)
+    salt = None if shared is None or shared.first > 0 else _salt(request, shared)
     return prompt if salt is None else {**prompt, "cache_salt": salt}
 
 
-def _params(request: Request, known: Known | None) -> Any:
+def _params(request: Request, shared: Shared | None) -> Any:
     params = request.sampling.clone()
-    if known is None:
+    if shared is None:
         return params
-    policy: dict[str, object] = {FIELD: request.graph}
-    if isinstance(known.cut, Cut):
+    graphs = list(request.graphs)
+    policy: dict[str, object] = {FIELD: graphs[0] if len(graphs) == 1 else graphs}
+    if not isinstance(shared.cut, Whole):
         policy[CUT] = True
-    if known.caching.most is not None:
-        policy[MOST_CACHED] = known.caching.most
-    if known.caching.first > 0 and (salt := _salt(request, known)) is not None:
-        policy[SALT] = (salt, known.caching.first)
+    if shared.most is not None:
+        policy[MOST_CACHED] = shared.most
+    if shared.first > 0 and (salt := _salt(request, shared)) is not None:
+        policy[SALT] = (salt, shared.first)
     params.extra_args = {**(params.extra_args or {}), **policy}
-    if known.caching.most == 0:
+    if shared.most == 0:
         params.skip_reading_prefix_cache = True
     return params
 
 
-def _salt(request: Request, known: Known) -> str | None:
-    prompt, graph = request.prompt.engine, request.graph
-    assert graph is not None
-    return salt_of(known.caching.salt, graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
+def _salt(request: Request, shared: Shared) -> str | None:
+    prompt = request.prompt.engine
+    return salt_of(shared.salt, shared.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
 
 
 def _start(make: Callable[..., Any], model: str, arguments: dict[str, object]) -> Any:

@@ -99,6 +99,11 @@ class Group:
         return [member.id for member in self.members]
 
     @property
+    def number(self) -> int:
+        """Which of its request's programs each member is: never two of one request."""
+        return self.members[0].number
+
+    @property
     def is_waiting(self) -> bool:
         return not self.is_over and bool(self.members)
 
@@ -186,7 +191,7 @@ class Group:
         """Groups and requests with equal keys may run as one; None: with nobody."""
         if any(isinstance(frame, GroupLoop) for frame in self.frames):
             return None
-        return (id(self.program), self.pc, len(self.frames), self.lag, self.site)
+        return (id(self.program), self.pc, len(self.frames), self.lag, self.site, self.number)
 
     @property
     def most_saved(self) -> int:
@@ -297,7 +302,7 @@ def key_of(request: Request) -> tuple[object, ...] | None:
     if request.program.keeps_together:
         return None
     lag = request.wait.iteration - request.iteration
-    return (id(request.program), request.pc, len(request.frames), lag, request.wait.site)
+    return (id(request.program), request.pc, len(request.frames), lag, request.wait.site, request.number)
 
 
 def _depths(request: Request) -> range:

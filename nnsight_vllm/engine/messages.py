@@ -1,6 +1,6 @@
 """What a step sends home, on its way from the worker to vLLM's scheduler.
 
-A message is the bytes of a `Delta`. Those of a group are lines of one buffer and travel as that: one tensor a group, whatever
+A message is the bytes of a `Delta`, or of a list of them where several programs of a request have something to say. Those of a group are lines of one buffer and travel as that: one tensor a group, whatever
 the number of its requests. The scheduler takes them apart, since vLLM hands on results request by request.
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.engine.lanes import Ints
+
+_LIST = 0xDC  # msgpack's first byte of a list whose length is in the two bytes after it
 
 
 @dataclass
@@ -28,6 +30,10 @@ class Messages:
 
     def __bool__(self) -> bool:
         return bool(self.single or self.together)
+
+    def add(self, id: str, message: Tensor) -> None:
+        """One more message of a request."""
+        self.single[id] = joined(self.single.get(id), message)
 
     def packed(self, index: Mapping[str, int]) -> Packed:
         """For the journey; `index`: places in the batch by request."""
@@ -47,10 +53,20 @@ class Packed:
         """A message or none for each request of the batch."""
         found: list[Tensor | None] = [None] * num_requests
         for place, message in self:
-            found[place] = message
+            found[place] = joined(found[place], message)
         return found
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         yield from self.single
         for places, lines in self.together:
             yield from zip(places.tolist(), lines.unbind(), strict=True)
+
+
+def joined(first: Tensor | None, second: Tensor) -> Tensor:
+    """Two messages as one: msgpack's list of what is in them. A `Delta` itself is a map there."""
+    if first is None:
+        return second
+    is_list = int(first[0]) == _LIST
+    count, rest = (int(first[1]) << 8 | int(first[2]), first[3:]) if is_list else (1, first)
+    head = torch.tensor([_LIST, (count + 1) >> 8, (count + 1) & 0xFF], dtype=torch.uint8)
+    return torch.cat([head, rest, second])

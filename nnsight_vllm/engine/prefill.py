@@ -109,7 +109,7 @@ class Prefill:
         return cut_of(decode(graph), self._trailing, lambda digest: self._store.get(digest).ndim, request.prompt_length)
 
     def _piece(self, request: Request, graph: Graph) -> Piece:
-        piece = Piece(request.id, request.prompt_length, request.seed, owner=request)
+        piece = Piece(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
         self._load(piece, graph, {})
         self.pieces.append(piece)
         return piece

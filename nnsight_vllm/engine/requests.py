@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnsight_vllm.engine.lanes import Ints
+from nnsight_vllm.engine.parts import Parts
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.progress import Progress
 from nnsight_vllm.engine.results import Outbox, describe
@@ -28,16 +29,20 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A new request as the engine hands it over. `prompt_length` in tokens; `graph` as msgpack bytes.
+    """A new request as the engine hands it over. `prompt_length` in tokens; `graph` as msgpack bytes, or several in order.
 
     `refuse_samples`: why the sampled token can't be replaced, empty where it can.
     """
 
     request_id: str
-    graph: bytes
+    graph: bytes | Sequence[bytes]
     prompt_length: int
     seed: int
     refuse_samples: str = ""
+
+    @property
+    def graphs(self) -> list[bytes]:
+        return list(self.graph) or [b""] if isinstance(self.graph, list | tuple) else [self.graph]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ Frame = LoopFrame | IterationsFrame
 
 @dataclass
 class Request:
-    """`pc`: the next instruction. `order`: how far the program is in this iteration. `progress`: until its prompt is computed.
+    """A request, or one of several programs that it has: then `parts` are all of them, and this is the one with `number`.
+
+    `pc`: the next instruction. `order`: how far the program is in this iteration. `progress`: until its prompt is computed.
 
     `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives, as it does the
     `slots` of its edits, by node. While the request is in a group, the group has its place in the program and its values.
@@ -117,11 +124,32 @@ class Request:
     num_saved: int = 0  # bytes sent home
     outbox: Outbox = field(default_factory=Outbox)
     progress: Progress | None = None
+    number: int = 0
+    parts: Parts | None = None
     _lines: dict[int, Lines] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
         return self.status is Status.RUNNING
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from all others."""
+        return self.id, self.number
+
+    @property
+    def programs(self) -> Sequence[Request]:
+        """All programs of this request."""
+        return (self,) if self.parts is None else self.parts.units
+
+    @property
+    def has_failed(self) -> bool:
+        return any(unit.status is Status.FAILED for unit in self.programs)
+
+    @property
+    def sent_in_all(self) -> int:
+        """Bytes that all its programs sent home."""
+        return sum(unit.num_saved for unit in self.programs)
 
     def absolute(self, iteration: int | None) -> int:
         """An instruction's iteration; None is that of the innermost `iterations` block."""
@@ -151,7 +179,8 @@ class Request:
     def draw_seed(self) -> int:
         """A seed for the next random operation, the same alone and in any batch."""
         self.num_drawn += 1
-        data = hashlib.sha256(f"{self.seed}:{self.num_drawn}".encode()).digest()
+        seed = f"{self.seed}:{self.number}" if self.number else str(self.seed)
+        data = hashlib.sha256(f"{seed}:{self.num_drawn}".encode()).digest()
         return int.from_bytes(data[:7], "little")
 
     def leave_iteration(self) -> None:
@@ -159,20 +188,37 @@ class Request:
         self.order = START
 
     def end(self) -> None:
-        self._finish(Status.ENDED)
+        self.finish(Status.ENDED)
 
     def stop(self, keep_token: bool) -> None:
-        self.outbox.stop(keep_token)
-        self._finish(Status.ENDED)
+        if self.parts is None or not self.parts.is_over:
+            self.outbox.stop(keep_token)
+        self._end_all(Status.ENDED)
 
     def fail(self, error: BaseException, keep_token: bool) -> None:
         """The request's own failure: nobody else hears of it."""
         retryable = isinstance(error, InterventionError) and error.retryable
-        self.outbox.fail(Failure(type(error).__name__, describe(error), self.node, retryable), keep_token)
-        self._finish(Status.FAILED)
+        if self.parts is None or not self.parts.is_over:
+            failure = Failure(type(error).__name__, describe(error), self.node, retryable, self.number)
+            self.outbox.fail(failure, keep_token)
+        self._end_all(Status.FAILED)
 
-    def _finish(self, status: Status) -> None:
-        self.status = status
+    def start_over(self, outbox: Outbox) -> None:
+        """What it had to send is thrown away; how it ended too."""
+        for unit in self.programs:
+            unit.outbox = outbox
+        if self.parts is not None:
+            self.parts.reopen()
+
+    def _end_all(self, status: Status) -> None:
+        self.finish(status)
+        if self.parts is not None:
+            self.parts.end(status)
+
+    def finish(self, status: Status) -> None:
+        """The program doesn't go on."""
+        if self.status is not Status.FAILED:
+            self.status = status
         self.place = None
         self.env = {}
         self.frames = []
@@ -184,3 +230,16 @@ def interrupted(request: Request, position: int, count: int) -> PreemptedError:
     if request.iteration == START:
         return PreemptedError(f"the engine ran {rows} of a prompt of {request.prompt_length} tokens in one step")
     return PreemptedError(f"the engine evicted the request after iteration {request.iteration} and recomputes {rows}")
+
+
+def requests_of(arrival: Arrival, outbox: Outbox, ended: set[Parts]) -> list[Request]:
+    """One for each graph of a new request; they share what they send."""
+    graphs = arrival.graphs
+    parts = Parts(ended) if len(graphs) > 1 else None
+    units = [
+        Request(arrival.request_id, arrival.prompt_length, arrival.seed, outbox=outbox, number=number, parts=parts)
+        for number in range(len(graphs))
+    ]
+    if parts is not None:
+        parts.units = units
+    return units

@@ -14,12 +14,41 @@ from dataclasses import dataclass, replace
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.plan.caching import Caching, Salt, caching_of
+from nnsight_vllm.plan.composed import composed
 from nnsight_vllm.plan.cutting import Whole, cut_of
 from nnsight_vllm.plan.pieces import Cut
 
 _NAME = "nnsight_vllm"
 _MAX_KNOWN = 512
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a request with some graphs may share, as `Caching` has it, and whether its prompt may be cut.
+
+    `graph`: the bytes of all graphs that its rows depend on.
+    """
+
+    salt: Salt
+    most: int | None
+    first: int
+    graph: bytes
+    cut: Whole | None
+
+
+def sharing_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, bytes], int], Shared]:
+    """A function: what a request may share, given its graphs, their constants as for `known_by`, and the prompt's length."""
+    known = known_by(catalogue)
+
+    def sharing(graphs: Sequence[bytes], tensors: Mapping[str, bytes], num_rows: int) -> Shared:
+        each = [known(graph, tensors, num_rows) for graph in graphs]
+        found = composed([one.caching for one in each])
+        whole = next((one.cut for one in each if isinstance(one.cut, Whole)), None)
+        graph = _joined([graphs[number] for number in found.covers])
+        return Shared(found.salt, found.most, found.first, graph, whole)
+
+    return sharing
 
 
 @dataclass(frozen=True)
@@ -93,6 +122,13 @@ def _without_tensors(graph: bytes, tensors: Mapping[str, bytes]) -> bytes:
         return match[0] if data is None else b"rank %d" % _rank(data)
 
     return _DIGEST.sub(named, graph)
+
+
+def _joined(graphs: Sequence[bytes]) -> bytes:
+    """Several as one: the bytes tell where each begins."""
+    if len(graphs) == 1:
+        return graphs[0]
+    return b"".join(len(graph).to_bytes(8, "big") + graph for graph in graphs)
 
 
 def _rank(data: bytes) -> int:

@@ -51,7 +51,7 @@ class Visits:
     def __init__(self, device: torch.device) -> None:
         # On a CPU one unit by itself is faster with torch's own operations.
         self.least = 2 if choose(device) == "reference" else 1
-        self._laid: dict[str, _Laid] = {}
+        self._laid: dict[tuple[str, int], _Laid] = {}
 
     def forget(self) -> None:
         self._laid.clear()
@@ -72,11 +72,12 @@ class Visits:
     def _lay(self, name: str, units: list[Unit], step: Step, at_logits: bool) -> _Laid:
         rows = [_rows(unit, step, at_logits) for unit in units]
         starts, counts = (np.concatenate(part) for part in zip(*rows, strict=True))
-        known = self._laid.get(name)
+        key = name, units[0].number
+        known = self._laid.get(key)
         if known is None or not _is_same(known, units, starts, counts):
             first, last = int(starts.min()), int((starts + counts).max())
             lanes = _lanes(units, [start - first for start, _ in rows], [count for _, count in rows], last - first)
-            known = self._laid[name] = _Laid(units, starts, counts, slice(first, last), lanes)
+            known = self._laid[key] = _Laid(units, starts, counts, slice(first, last), lanes)
         return known
 
 

@@ -78,12 +78,16 @@ class Stats(Struct, frozen=True):
 
 
 class Failure(Struct, frozen=True):
-    """Why a graph failed. `kind` is the error's class name, `node` the id of the node it happened at."""
+    """Why a graph failed. `kind` is the error's class name, `node` the id of the node it happened at.
+
+    `program`: the number of the graph among those of the request.
+    """
 
     kind: str
     message: str
     node: int | None = None
     retryable: bool = False
+    program: int = 0
 
 
 class Delta(Struct, frozen=True, omit_defaults=True):

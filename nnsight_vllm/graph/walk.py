@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnsight_vllm.graph.nodes import Block, Cond, Const, Iterations, Loop, Node, Op, Write
+from nnsight_vllm.graph.nodes import Block, Cond, Const, Graph, Iterations, Log, Loop, Node, Op, Save, Stop, Write
 
 
 def nodes_of(block: Block) -> Iterator[Node]:
@@ -36,3 +36,8 @@ def sites_written(block: Block) -> frozenset[str]:
     nodes = list(nodes_of(block))
     assigned = {node.site for node in nodes if isinstance(node, Write)}
     return frozenset(assigned | {node.writes for node in nodes if isinstance(node, Op) and node.writes is not None})
+
+
+def is_quiet(graph: Graph) -> bool:
+    """Whether a graph sends nothing home and never stops its request."""
+    return not any(isinstance(node, Save | Log | Stop) for node in nodes_of(graph.body))

@@ -16,7 +16,7 @@ from nnsight_vllm.graph.results import Delta, Saved
 _graph_encoder = msgspec.msgpack.Encoder()
 _graph_decoder = msgspec.msgpack.Decoder(Graph)
 _json_decoder = msgspec.json.Decoder(Graph)
-_delta_decoder = msgspec.msgpack.Decoder(Delta)
+_delta_decoder = msgspec.msgpack.Decoder(Delta | list[Delta])
 _saved_decoder = msgspec.msgpack.Decoder(list[Saved])
 
 
@@ -50,9 +50,10 @@ def encode_delta(delta: Delta) -> bytes:
     return _graph_encoder.encode(delta)
 
 
-def decode_delta(data: bytes | memoryview) -> Delta:
-    """One step's results from msgpack."""
-    return _delta_decoder.decode(data)
+def decode_deltas(data: bytes | memoryview) -> list[Delta]:
+    """One step's results from msgpack: one delta, or several where a request has several programs."""
+    found = _delta_decoder.decode(data)
+    return found if isinstance(found, list) else [found]
 
 
 def encode_saved(saved: list[Saved]) -> msgspec.Raw:

@@ -42,6 +42,7 @@ from nnsight_vllm.graph.nodes import (
     Write,
 )
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, changes_container, is_inplace
+from nnsight_vllm.graph.walk import is_quiet
 from nnsight_vllm.plan.kinds import (
     CONTAINERS,
     NOTHING,
@@ -70,12 +71,15 @@ class Caching:
 
     `first`: the first row that is changed; blocks before it are plain ones, and the salt is theirs that come after.
     `has_parts`: rows of the prompt are named by their positions, so their numbers change with what comes from the cache.
+    `breaks`: it may fail, or stop, between two sites of the prompt. `is_quiet`: as a program's.
     """
 
     salt: Salt
     most: int | None
     first: int = 0
     has_parts: bool = False
+    breaks: bool = False
+    is_quiet: bool = False
 
 
 def caching_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str], int], num_rows: int) -> Caching:
@@ -93,7 +97,9 @@ def caching_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str
         reader.writes = {Salt.PROMPT} if reader.writes else set()
     salt = max(reader.writes, key=_STRICTNESS.index, default=Salt.NONE)
     most = min(reader.first, reader.needs) if salt is Salt.PROMPT else reader.needs
-    return Caching(salt, None if most == NOTHING else most, reader.first if reader.writes else 0, reader.has_parts)
+    first = reader.first if reader.writes else 0
+    found = Caching(salt, None if most == NOTHING else most, first, reader.has_parts)
+    return replace(found, breaks=reader.may_break_off, is_quiet=is_quiet(graph))
 
 
 _STRICTNESS = [Salt.GRAPH, Salt.LENGTH, Salt.PROMPT]

@@ -25,11 +25,12 @@ from nnsight_vllm.graph.nodes import (
     Op,
     Read,
     Ref,
+    Save,
     Stop,
     Write,
 )
 from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
-from nnsight_vllm.graph.walk import nodes_of
+from nnsight_vllm.graph.walk import is_quiet, nodes_of
 from nnsight_vllm.graph.wire import decode, digest, encode
 from nnsight_vllm.plan import effects
 from nnsight_vllm.plan.edits import Edit, Visit, find_edits, find_visits
@@ -68,6 +69,7 @@ class Program:
     `copied` are the `const` nodes whose tensor some in-place operation might reach: they get a copy, the store is
     everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
     sent home, by the name they are saved under. `changes_values`: something is changed in place that isn't a site.
+    `is_quiet`: it never sends anything home, nor stops the request; `saves` are the names that it sends under.
     `keeps_together`: requests in the midst of it can't be told apart from one another's memory, so they don't run as a
     group that a branch may part.
     """
@@ -80,6 +82,8 @@ class Program:
     streams: Mapping[int, str] = field(default_factory=dict)
     changes_values: bool = False
     keeps_together: bool = False
+    is_quiet: bool = False
+    saves: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         width = len(str(len(self.code) - 1))
@@ -102,6 +106,8 @@ def compile_graph(graph: Graph) -> Program:
         streams=effects.streams(graph),
         changes_values=changes_values,
         keeps_together=may_part and (changes_values or effects.changes_through_views(nodes)),
+        is_quiet=is_quiet(graph),
+        saves=frozenset(node.name for node in nodes if isinstance(node, Save)),
     )
 
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import RefusedError
+from nnsight_vllm.trace.edits import Standing
 from nnsight_vllm.trace.events import AsyncBackend, Event, Piece, Receive, Run
 from nnsight_vllm.trace.naming import names_of_saves
 from nnsight_vllm.trace.source import user_line
@@ -32,11 +33,17 @@ class AsyncTracer(Tracer):
 
     _is_due = False  # recorded, and not run
 
-    def __init__(self, backend: AsyncBackend, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
+    def __init__(
+        self,
+        backend: AsyncBackend,
+        inputs: tuple[object, ...],
+        arguments: dict[str, object],
+        standing: Standing | None = None,
+    ) -> None:
         self._engine = backend
         self._names: list[dict[str, list[str]]] = []
         self._line = user_line()
-        super().__init__(backend, inputs, arguments, runs=False)
+        super().__init__(backend, inputs, arguments, runs=False, standing=standing)
 
     def __enter__(self) -> Self:
         self._line = user_line()
@@ -83,7 +90,7 @@ class AsyncTracer(Tracer):
         if not self._is_due:
             raise RefusedError(f"the trace recorded at {self._line} has run already, or failed; {user_line()}")
         self._is_due = False
-        return self._engine.start([invoke.request() for invoke in self.invokes], self.constants.data, receive)
+        return self._engine.start([invoke.request() for invoke in self.invokes], self.tensors, receive)
 
     def finish(self, run: Run) -> None:
         """The requests are over: give names and proxies their values. Raises what failed."""
@@ -109,7 +116,7 @@ class AsyncTracer(Tracer):
             values.update(dict.fromkeys(names.get("result", ()), piece.result))
         failure = None
         if piece.failure is not None:
-            failure = error_of(self.invokes[piece.request].recorder, piece.failure)
+            failure = error_of(self.invokes[piece.request].line_of(piece.failure), piece.failure)
         return Event(
             piece.request,
             piece.sample,

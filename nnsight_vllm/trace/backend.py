@@ -21,12 +21,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: `graph` is None for a plain one; `constants` are the digests of the tensors it names."""
+    """One request: `graph` is its own, None where it has none; `constants` are the digests of the tensors it names.
+
+    `edits` are graphs that run before its own at each site, `after` those that run behind it.
+    """
 
     prompt: Prompt
     sampling: Any
     graph: bytes | None
     constants: frozenset[str] = frozenset()
+    edits: tuple[bytes, ...] = ()
+    after: tuple[bytes, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[bytes, ...]:
+        """All of them, in order; a plain request has none."""
+        return (*self.edits, *(() if self.graph is None else (self.graph,)), *self.after)
 
 
 @dataclass

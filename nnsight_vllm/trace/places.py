@@ -54,11 +54,12 @@ class Draw:
 class Places:
     """The sites of one recorder."""
 
-    def __init__(self, recorder: Recorder, rows: int, max_tokens: int | None) -> None:
+    def __init__(self, recorder: Recorder, rows: int | None, max_tokens: int | None) -> None:
         self.cursor = Cursor()
         self.block: IterationsHandle | None = None
         self._recorder = recorder
-        self._rows = rows
+        self._is_known = rows is not None
+        self._rows = recorder.tree.catalogue.max_model_len if rows is None else rows
         self._max_tokens = max_tokens
         self._next: dict[str, int] = {}
         self._by_storage: dict[int, Root] = {}
@@ -232,7 +233,9 @@ class Places:
         if self.block.start > 0:
             return (1,)
         is_only_prompt = self.block.stop is not None and self.block.stop <= self.block.step
-        return (self._rows,) if is_only_prompt else (self._rows, 1)
+        if is_only_prompt:  # of two lengths, so that what depends on it is left open
+            return (self._rows,) if self._is_known else (self._rows, self._rows + 1)
+        return (self._rows, 1)
 
     def _root_of(self, proxy: Proxy) -> Root | None:
         keys = [meta.storage(value) for value in proxy._metas]

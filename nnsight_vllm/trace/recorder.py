@@ -28,9 +28,12 @@ from nnsight_vllm.trace.tree import Tree
 
 
 class Recorder:
-    """Records one request's program. `rows` is the number of the prompt's tokens, `max_tokens` the run's length."""
+    """Records one request's program. `rows` is the number of the prompt's tokens, `max_tokens` the run's length; None: unknown.
 
-    def __init__(self, tree: Tree, constants: Constants, rows: int, max_tokens: int | None) -> None:
+    `cached`: names of the sites whose values are collected besides; `num_samples`: how many the run had.
+    """
+
+    def __init__(self, tree: Tree, constants: Constants, rows: int | None, max_tokens: int | None) -> None:
         self.tree = tree
         self.max_tokens = max_tokens
         self.scope = Scope("body", None, user_line())
@@ -42,6 +45,8 @@ class Recorder:
         self.pending: RecordError | None = None
         self.used: set[int] = set()
         self.replaced: dict[int, Arg] = {}
+        self.cached: set[str] = set()
+        self.num_samples = 1
         self.places = Places(self, rows, max_tokens)
         self.flow = Flow(self)
         self._encoder = Encoder(self, constants)

@@ -17,9 +17,11 @@ from nnsight_vllm.graph.wire import encode, to_json
 from nnsight_vllm.trace import active, garbage
 from nnsight_vllm.trace.backend import Backend, Outcome, Prompt, Request
 from nnsight_vllm.trace.block import Body, SkipBody, prepare
+from nnsight_vllm.trace.cache import Cache, cached_sites, collecting_graph
 from nnsight_vllm.trace.cond import CondBlock
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.dispatch import Dispatch
+from nnsight_vllm.trace.edits import Edit, NamedEdits, Standing
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.iterations import IterationBlock, Iterations
 from nnsight_vllm.trace.proxy import Proxy
@@ -55,13 +57,14 @@ class Recording:
 
 
 class Invoke(Recording):
-    """One request of a trace: its prompt, its sampling, its graph."""
+    """One request of a trace: its prompt, its sampling, the edits it runs with, its graph."""
 
     def __init__(self, tracer: Tracer, inputs: tuple[object, ...], arguments: dict[str, object]) -> None:
         backend = tracer.backend
         self.tracer = tracer
         self.prompt: Prompt = backend.prompt(inputs)
-        self.sampling = backend.sampling(arguments)
+        self.edits: tuple[Edit, ...] = tracer.standing.chosen(arguments.get("edits", ()))
+        self.sampling = backend.sampling({name: value for name, value in arguments.items() if name != "edits"})
         self.recorder = Recorder(backend.tree, tracer.constants, self.prompt.rows, self.sampling.max_tokens)
         tracer.recorders.append(self.recorder)
         self.graph: Graph | None = None
@@ -91,14 +94,40 @@ class Invoke(Recording):
         self.graph = self.recorder.graph()
         self.recorder.state = "closed"
         check(self.graph, self.tracer.backend.tree.catalogue)
-        self.tracer.backend.admit(self.request(), self.tracer.constants.data)
+        self.tracer.backend.admit(self.request(), self.tensors)
         self.tracer.add(self)
+
+    @property
+    def tensors(self) -> dict[str, bytes]:
+        """All that its graphs name: those of edits, and the trace's own."""
+        own = self.tracer.constants.data
+        return (
+            own | {digest: data for edit in self.edits for digest, data in edit.tensors.items()} if self.edits else own
+        )
 
     def request(self) -> Request:
         assert self.graph is not None
-        if not self.graph.body.nodes:
-            return Request(self.prompt, self.sampling, None)
-        return Request(self.prompt, self.sampling, encode(self.graph), constants_of(self.graph.body))
+        own = encode(self.graph) if self.graph.body.nodes else None
+        constants = constants_of(self.graph.body).union(*(edit.tensors for edit in self.edits))
+        edits = tuple(edit.graph for edit in self.edits)
+        return Request(self.prompt, self.sampling, own, constants, edits, self._collecting())
+
+    def _collecting(self) -> tuple[bytes, ...]:
+        cached = self.recorder.cached
+        sites = [site.name for site in self.tracer.backend.tree.catalogue.sites if site.name in cached]
+        return (collecting_graph(tuple(sites)),) if sites else ()
+
+    def line_of(self, failure: Failure) -> str:
+        """Where the user wrote what failed, empty if that isn't known."""
+        if failure.node is None:
+            return ""
+        if failure.program < len(self.edits):
+            edit = self.edits[failure.program]
+            named = "" if edit.name is None else f", in the edit {edit.name!r}"
+            return f"{edit.lines.get(failure.node, edit.line)}{named}"
+        has_own = self.graph is not None and bool(self.graph.body.nodes)
+        is_own = has_own and failure.program == len(self.edits)
+        return str(self.recorder.lines[failure.node]) if is_own and failure.node in self.recorder.lines else ""
 
 
 class Tracer(Recording):
@@ -108,9 +137,16 @@ class Tracer(Recording):
     """
 
     def __init__(
-        self, backend: Backend, inputs: tuple[object, ...], arguments: dict[str, object], runs: bool = True
+        self,
+        backend: Backend,
+        inputs: tuple[object, ...],
+        arguments: dict[str, object],
+        runs: bool = True,
+        standing: Standing | None = None,
     ) -> None:
         self.backend = backend
+        known = standing or Standing(NamedEdits())
+        self.standing = Standing(known.named, known.require())  # as they are now
         self._runs = runs
         self.constants = Constants()
         self.invokes: list[Invoke] = []
@@ -168,7 +204,13 @@ class Tracer(Recording):
 
     def _run(self) -> None:
         requests = [invoke.request() for invoke in self.invokes]
-        self._finish(self.backend.run(requests, self.constants.data) if requests else [])
+        self._finish(self.backend.run(requests, self.tensors) if requests else [])
+
+    @property
+    def tensors(self) -> dict[str, bytes]:
+        """All that the requests' graphs name."""
+        edits = {edit for invoke in self.invokes for edit in invoke.edits}
+        return self.constants.data | {digest: data for edit in edits for digest, data in edit.tensors.items()}
 
     def _finish(self, outcomes: list[Outcome]) -> None:
         errors = [
@@ -191,12 +233,12 @@ class Tracer(Recording):
         else:
             names = {name for sample in samples for name in sample.values}
             values.update({name: [sample.values.get(name) for sample in samples] for name in names})
-        invoke.recorder.state = "done"
+        invoke.recorder.state, invoke.recorder.num_samples = "done", len(samples)
         for line in (line for sample in samples for line in sample.logs):
             self.logs.append(line)
             print(line)
         failures = [sample.failure for sample in samples if sample.failure is not None]
-        return [error_of(invoke.recorder, failure) for failure in failures]
+        return [error_of(invoke.line_of(failure), failure) for failure in failures]
 
     def _fail_recorders(self) -> None:
         """Those that didn't get values won't get any."""
@@ -241,6 +283,18 @@ class Tracer(Recording):
         """Print the arguments when the run is over."""
         active.current("tracer.log()").log(args)
 
+    def cache(self, modules: object = None, include_inputs: bool = False) -> Cache:
+        """Collect the outputs of all modules, or of these (or at these paths), in every iteration of this request.
+
+        Behind the trace it is a mapping: `cache["model.layers.5"].output[k]` is the value of iteration k, as all edits
+        of the request left it; `cache.model.layers[5]` is the same. With `include_inputs` there are `.inputs` too.
+        """
+        recorder = active.current("tracer.cache()")
+        sites = cached_sites(self.backend.tree, modules, include_inputs)
+        recorder.require_recording()
+        recorder.cached |= {site.name for site in sites}
+        return Cache(recorder, sites)
+
     def stop(self) -> None:
         """End the request at this point of the program."""
         active.current("tracer.stop()").stop()
@@ -278,10 +332,9 @@ class GraphView:
         return to_json(self.nodes)
 
 
-def error_of(recorder: Recorder, failure: Failure) -> InterventionError:
+def error_of(line: str, failure: Failure) -> InterventionError:
     """A failure as the error that its user sees, with the line."""
     kind: type[NNsightError] = PreemptedError if failure.kind == "PreemptedError" else InterventionError
-    line = recorder.lines.get(failure.node) if failure.node is not None else None
     what = (
         failure.message
         if failure.kind in {"PreemptedError", "InterventionError"}

@@ -220,3 +220,31 @@ def test_where_even_one_has_no_room_each_fails_retryably(model: VLLM, monkeypatc
         with model.trace([1, 2, 3], max_tokens=2):
             model.model.layers[0].output[0].save()
     assert caught.value.retryable
+
+
+def test_evicted_requests_run_again_with_all_their_edits_and_caches(model: VLLM) -> None:
+    with model.edit() as edited:
+        model.model.layers[0].output[0][:] += 0.1
+    with edited.edit() as edited:
+        edited.model.layers[0].output[0][:] *= 1.2
+
+    def answers(ids: list[list[int]]) -> list[tuple[list[int], Any]]:
+        found = []
+        with edited.trace(**SAMPLING) as tracer:
+            for prompt in ids:
+                with tracer.invoke(prompt):
+                    cache = tracer.cache(model.model.layers[1].mlp)
+                    with tracer.all():
+                        model.model.layers[1].output[0][:] *= 0.9
+                    found.append((tracer.result.save(), cache))
+        return [(list(result.token_ids), cache.model.layers[1].mlp.output) for result, cache in found]
+
+    before = model.stats().restarted
+    together = answers(prompts())
+    assert model.stats().restarted > before
+    for ids, (tokens, values) in zip(prompts(), together, strict=True):
+        assert model.llm.reset_prefix_cache()
+        ((alone_tokens, alone),) = answers([ids])
+        assert tokens == alone_tokens and len(values) == len(alone) == NUM_TOKENS
+        torch.testing.assert_close(values, alone, rtol=0, atol=TOLERANCE * _largest(alone))
+    model.check_integrity()
