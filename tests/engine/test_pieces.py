@@ -487,3 +487,32 @@ def test_most_of_the_generated_steps_may_be_cut() -> None:
         if isinstance(cut_of(decode(data), lambda site: 1, _rank(files), PROMPT), Whole):
             whole.add(name)
     assert whole == {"chosen columns", "cumulated", "flipped", "mean of all", "mean of rows", "transposed"}
+
+
+@pytest.mark.parametrize("batching", [True, False])
+@pytest.mark.parametrize("ends", CUTS, ids=str)
+def test_several_programs_of_a_request_run_over_its_pieces_in_their_order(
+    ends: tuple[int, ...], batching: bool
+) -> None:
+    adds = graph(every(read(2, "1.out", None), add(3, 2, 2.0)))
+    some = graph(read(0, "1.out"), part(1, 0, Slice(2, 5)), Op(2, "py.imul", [Ref(1), 3.0], writes="1.out"))
+    looks = graph(read(0, "1.out"), save(1, 0), part(2, 0, -1), add(3, 2, 1.0), save(4, 0), part(5, 0, 3), save(6, 5))
+    whole, cut = Long(batching=batching), Long(batching=batching)
+    for toy in (whole, cut):
+        toy.add("r", [adds, some, looks], prompt=PROMPT)
+    assert torch.equal(cut.prompt(*ends), whole.prompt(PROMPT))
+    assert cut.saved["r"] == whole.saved["r"]
+    assert cut.executor.leftovers(["r"]) == []
+    cut.executor.drop(["r"])
+    assert cut.executor.leftovers([]) == []
+
+
+def test_when_one_program_fails_in_a_piece_those_that_only_edit_go_on() -> None:
+    adds = graph(every(read(2, "1.out", None), add(3, 2, 2.0)))
+    bad = graph(read(0, "0.out"), part(1, 0, Tuple([ALL, 99])), save(2, 1))
+    edited, failing = Long(), Long()
+    edited.add("r", adds, prompt=PROMPT)
+    failing.add("r", [adds, bad], prompt=PROMPT)
+    assert torch.equal(failing.prompt(3, 5, PROMPT, iterations=1), edited.prompt(3, 5, PROMPT, iterations=1))
+    assert failing.failure().startswith("IndexError")
+    assert failing.executor.leftovers(["r"]) == []
