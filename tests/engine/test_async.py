@@ -683,3 +683,29 @@ def test_closing_fails_what_runs_and_a_later_trace_starts_anew(
             await early
 
     asyncio.run(main())
+
+
+# -- edits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_with_edits_and_caches_of_their_own(model: VLLM) -> None:
+    with model.edit("banned") as banned:
+        model.logits.output[:, :250] = float("-inf")
+
+    async def ask(edited: VLLM, **more: Any) -> tuple[list[int], list[int]]:
+        with edited.trace(PROMPT, max_tokens=4, **GREEDY, **more) as tracer:
+            cache = tracer.cache(model.samples)
+            result = tracer.result.save()
+        await tracer
+        return list(result.token_ids), [int(token) for token in cache.samples.output]
+
+    async def main() -> None:
+        plain = await greedy(model)
+        found = await asyncio.gather(ask(banned), ask(model), ask(model, edits=["banned"]), ask(model))
+        for tokens, collected in found:
+            assert tokens == collected
+        assert found[0] == found[2] and min(found[0][0]) >= 250
+        assert found[1][0] == found[3][0] == plain
+
+    asyncio.run(main())
+    del model.edits["banned"]

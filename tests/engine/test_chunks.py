@@ -226,3 +226,41 @@ def test_what_needs_all_rows_at_once_is_refused_with_both_numbers(cut: VLLM) -> 
     ):
         averages(cut, tracer)
     cut.check_integrity()
+
+
+def test_edits_and_caches_of_long_prompts_in_pieces_give_what_they_give_whole(cut: VLLM, whole: VLLM) -> None:
+    found = []
+    for model in (cut, whole):
+        with model.edit() as edited:
+            model.model.layers[0].output[0][:] += 0.1 * vector(1)
+        with edited.edit() as edited:
+            edits.project_out(edited.model.layers[0].output[0], vector(2))
+        caches = []
+        with edited.trace(**SAMPLING) as tracer:
+            for i in range(3):
+                with tracer.invoke(prompt(50 + i, 140 + i)):
+                    cache = tracer.cache([model.model.layers[0], model.model.layers[1].mlp])
+                    model.model.layers[1].output[0][-1] *= 1.5
+                    caches.append((cache, tracer.result.save()))
+        values = [[[v[0] for v in c.model.layers[0].output], c.model.layers[1].mlp.output] for c, _ in caches]
+        found.append((values, [list(result.token_ids) for _, result in caches]))
+        model.check_integrity()
+    assert found[0][1] == found[1][1]
+    assert [len(rows) for rows in found[0][0][0][0]] == [140, 1, 1, 1]
+    same(found[0][0], found[1][0])
+
+
+def test_edited_blocks_of_long_prompts_are_shared_between_requests_that_read_different_things(cut: VLLM) -> None:
+    with cut.edit() as edited:
+        cut.model.layers[0].output[0][:] += 0.1 * vector(1)
+    ids = prompt(60, 150)
+
+    def ask(model: VLLM, saves: bool) -> tuple[list[int], int]:
+        with model.trace(ids, **SAMPLING) as tracer:
+            if saves:
+                model.model.layers[1].output[0][-1].save()
+            result = tracer.result.save()
+        return list(result.token_ids), result.num_cached_tokens or 0
+
+    (tokens, first), (again, second), (_, clean) = ask(edited, False), ask(edited, True), ask(cut, False)
+    assert (first, second, clean) == (0, 4 * BLOCK, 0) and tokens == again
