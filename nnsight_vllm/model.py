@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoint, check_sites
-from nnsight_vllm.errors import EngineSettingError
+from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.async_tracer import AsyncTracer
 from nnsight_vllm.trace.editable import Editable
 from nnsight_vllm.trace.envoy import Envoy
+from nnsight_vllm.trace.session import Session
+from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
 
@@ -110,6 +112,14 @@ class VLLM(Editable):
     def generate(self, *inputs: object, **arguments: object) -> Tracer:
         """`trace` by its other name; `max_new_tokens` is `max_tokens`."""
         return self.trace(*inputs, **arguments)
+
+    def session(self) -> Session:
+        """Traces in this `with` block run together when it ends, and may use each other's values."""
+        if self.__dict__["_mode"] == "async":
+            raise RefusedError(
+                f"a session runs when its block ends, which mode='async' can't: make its traces invokes of one trace; {user_line()}"
+            )
+        return Session(self._engine)
 
     # -- the engine ------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.taps import Handler
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.nodes import Block, Graph, Node
 from nnsight_vllm.graph.results import (
     Delta,
@@ -82,6 +83,7 @@ class Toy:
     saved: dict[str, dict[str, object]] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     collected: dict[str, Collected] = field(default_factory=dict)
+    made: list[tuple[str, str]] = field(default_factory=list)
     seen: dict[int, list[list[list[float]]]] = field(default_factory=dict)  # a tap's tensors after it
 
     def __post_init__(self) -> None:
@@ -97,9 +99,11 @@ class Toy:
         programs = ProgramCache(lambda g: check(g, catalogue))
         self.executor = Executor(table, programs, self.store, cpu, self.batching, self.limits)
 
-    def add(self, name: str, data: bytes | list[bytes], prompt: int = 2, seed: int = 0) -> None:
+    def add(
+        self, name: str, data: bytes | list[bytes], prompt: int = 2, seed: int = 0, links: Links | None = None
+    ) -> None:
         self.lengths[name] = prompt
-        self.executor.admit(Arrival(name, data, prompt, seed))
+        self.executor.admit(Arrival(name, data, prompt, seed, links=links))
 
     def step(self, **rows: tuple[int, int]) -> dict[str, Tensor]:
         """One forward: name -> (number of rows, first position). Returns each request's stream and token."""
@@ -114,7 +118,9 @@ class Toy:
         self.tokens = self.logits.argmax(-1, keepdim=True).int()
         self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
         names = list(rows)
-        for place, data in self.executor.end_step(names).packed({name: i for i, name in enumerate(names)}):
+        sent = self.executor.end_step(names)
+        self.made += sent.made
+        for place, data in sent.packed({name: i for i, name in enumerate(names)}):
             for delta in decode_deltas(data.numpy().tobytes()):
                 self._receive(names[place], delta)
         return {name: stream[starts[i] : starts[i + 1]] for i, name in enumerate(rows)}

@@ -177,7 +177,9 @@ def _aligned(lane: Lane, ragged: Ragged | None, rank: int) -> Any:
         case Shared():
             value = lane.value
             if ragged is not None and isinstance(value, Tensor) and value.ndim == rank and value.shape[0] != 1:
-                raise Uncovered
+                if not _has_rows_of(value.shape[0], ragged):
+                    raise Uncovered
+                return value.repeat(len(ragged.counts), *[1] * (rank - 1))  # the same rows for every request
             if isinstance(value, list | dict):
                 raise Uncovered
             return value
@@ -187,6 +189,11 @@ def _aligned(lane: Lane, ragged: Ragged | None, rank: int) -> Any:
             raise Uncovered
 
 
+def _has_rows_of(num: int, ragged: Ragged) -> bool:
+    """Whether each request has so many rows."""
+    return ragged.is_even and int(ragged.counts[0]) == num
+
+
 def spread(tensor: Tensor, ragged: Ragged | None, rank: int) -> Tensor:
     """[requests, ...] beside values of `rank` dimensions a request: a row each for all of a request's rows."""
     own = tensor.ndim - 1
@@ -194,7 +201,9 @@ def spread(tensor: Tensor, ragged: Ragged | None, rank: int) -> Tensor:
         return tensor.reshape(tensor.shape[0], *[1] * (rank - own), *tensor.shape[1:])
     if own == rank:
         if tensor.shape[1] != 1:
-            raise Uncovered
+            if not _has_rows_of(tensor.shape[1], ragged):
+                raise Uncovered
+            return tensor.flatten(0, 1)
         tensor, own = tensor[:, 0], own - 1
     if not ragged.is_single:
         tensor = tensor.index_select(0, ragged.owner.to(tensor.device))

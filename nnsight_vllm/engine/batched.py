@@ -31,14 +31,32 @@ from nnsight_vllm.engine.lanes import (
     Shared,
     View,
     as_ints,
+    constant_of,
     lane_of,
     resolved,
     stacked,
 )
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
 from nnsight_vllm.engine.places import fit, refuse_floats
+from nnsight_vllm.engine.results import frozen_copy
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
-from nnsight_vllm.graph.nodes import Arg, Call, Const, Dots, List, Log, Op, Read, Ref, Save, Slice, Tuple, Write
+from nnsight_vllm.graph.nodes import (
+    Arg,
+    Call,
+    Const,
+    Dots,
+    Export,
+    Import,
+    List,
+    Log,
+    Op,
+    Read,
+    Ref,
+    Save,
+    Slice,
+    Tuple,
+    Write,
+)
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, is_inplace
 from nnsight_vllm.kernels.dispatch import choose
 from nnsight_vllm.plan.edits import ADDS
@@ -107,6 +125,8 @@ class GroupInterpreter:
             Call: self.call,
             Save: self.save,
             Log: self.log,
+            Export: self.export,
+            Import: self.import_,
         }
 
     def run(self, group: Group) -> list[Group]:
@@ -387,6 +407,19 @@ class GroupInterpreter:
             return
         self._send(group, node.name, self.lane(group, node.value), append=False)
 
+    def export(self, group: Group, node: Export) -> None:
+        lane = self.lane(group, node.value)
+        for i, member in enumerate(group.members):
+            self._guard(group, i, lambda i=i, member=member: self._alone.keep(member, node, lane.of(i)))  # type: ignore[misc]
+
+    def import_(self, group: Group, node: Import) -> Lane:
+        values = [
+            self._guard(group, i, partial(self._alone.draw, member, node)) for i, member in enumerate(group.members)
+        ]
+        if node.id in group.program.copied:
+            return Items([frozen_copy(value) for value in values])
+        return constant_of(values)
+
     def log(self, group: Group, node: Log) -> None:
         lanes = [self.lane(group, arg) for arg in node.args]
         for i, member in enumerate(group.members):
@@ -444,6 +477,8 @@ class GroupInterpreter:
             )
         if node.name in {"tensor.to", "tensor.contiguous", "tensor.detach"} and group.program.changes_values:
             raise Uncovered  # it may give the value itself
+        if rule.kind is Kind.POINTWISE:
+            args = _spread_shared(args, len(group))
         return algebra.compute(rule, node.name, operation, args, kwargs)
 
     def _index(self, group: Group, node: Op) -> Lane:
@@ -628,6 +663,18 @@ class _Env(dict[int, Any]):
     def __getitem__(self, id: int) -> Any:
         lane = self._group.parameter(id) if id < 0 else self._group.env[id]
         return lane.of(self._i)
+
+
+def _spread_shared(args: list[Lane], num: int) -> list[Lane]:
+    """A tensor that all share beside numbers of each one's own: seen as a tensor each, without a copy."""
+    if not any(isinstance(lane, Items) for lane in args) or any(isinstance(lane, Each | Rows | View) for lane in args):
+        return args
+    return [
+        Each(lane.value.expand(num, *lane.value.shape))
+        if isinstance(lane, Shared) and isinstance(lane.value, Tensor)
+        else lane
+        for lane in args
+    ]
 
 
 def _over(group: Group) -> Group:

@@ -23,12 +23,15 @@ from nnsight_vllm.engine.executor import Executor
 from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.recycling import Recycling, clear_blocks
 from nnsight_vllm.engine.requests import Arrival, Step
-from nnsight_vllm.errors import EngineSettingError, PreemptedError
+from nnsight_vllm.errors import EngineSettingError, GraphError, PreemptedError
+from nnsight_vllm.graph.links import Links, decode_links
 
 FIELD = "nnsight_vllm"
 CUT = "nnsight_vllm_cut"
 MOST_CACHED = "nnsight_vllm_cached"
 SALT = "nnsight_vllm_salt"
+LINKS = "nnsight_vllm_links"
+RELEASED = "nnsight_vllm_released"  # what our scheduler adds to its output
 SUPPORTED = "0.32."
 PROBE_ROWS = 5
 
@@ -112,6 +115,12 @@ def _extra(sampling_params: Any) -> Mapping[str, Any]:
     return getattr(sampling_params, "extra_args", None) or {}
 
 
+def links_of(sampling_params: Any) -> Links | None:
+    """The request's links to others of its bundle. Raises `GraphError` for bytes that are none."""
+    data = _extra(sampling_params).get(LINKS)
+    return None if data is None else decode_links(data)
+
+
 class Seam:
     """One V1 model runner and the executor that its steps feed."""
 
@@ -138,6 +147,8 @@ class Seam:
     def _execute_model(self, execute: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         executor = self._started()
         executor.drop(scheduled.finished_req_ids)
+        if (released := getattr(scheduled, RELEASED, None)) is not None:
+            executor.exports.release(released)
         for arrival in _arrivals(scheduled, self._runner):
             executor.admit(arrival)
         for request_id in scheduled.scheduled_cached_reqs.resumed_req_ids:
@@ -229,7 +240,15 @@ def _arrivals(scheduled: Any, runner: Any) -> Iterator[Arrival]:
         if graph is not None:
             seed = secrets.randbits(63) if params.seed is None else params.seed
             prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-            yield Arrival(new.req_id, graph, len(prompt), seed, _refusal(params, runner))
+            yield Arrival(new.req_id, graph, len(prompt), seed, _refusal(params, runner), _links(params))
+
+
+def _links(params: Any) -> Links | None:
+    """Bytes that are none: our scheduler doesn't let such a request run; another's mustn't bring the worker down."""
+    try:
+        return links_of(params)
+    except GraphError:
+        return None
 
 
 def _fresh_blocks(scheduled: Any, runner: Any) -> Iterator[tuple[str, list[int]]]:

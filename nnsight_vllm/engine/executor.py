@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nnsight_vllm.engine.batched import GroupInterpreter
 from nnsight_vllm.engine.draws import SAMPLES_TAP
+from nnsight_vllm.engine.exports import Exports, Released
 from nnsight_vllm.engine.group import Group, key_of
 from nnsight_vllm.engine.group_place import GroupPlace
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
@@ -42,7 +43,7 @@ from nnsight_vllm.engine.visits import Visits, due
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
-from nnsight_vllm.plan.template import Digest, parameter_of
+from nnsight_vllm.plan.template import parameter_of
 
 Unit = Request | Group
 
@@ -97,7 +98,8 @@ class Executor:
         self._ended: set[Parts] = set()  # those of them that ended in this step
         self._tables = Tables(device)
         self._visits = Visits(device)
-        self._interpreter = Interpreter(table.orders, table.calls, device)
+        self.exports = Exports(limits.request, limits.engine)
+        self._interpreter = Interpreter(table.orders, table.calls, device, self.exports)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
         self._alone: dict[tuple[str, int], Request] = {}
@@ -125,13 +127,15 @@ class Executor:
             return
         self._settle()
         for id in gone:
-            for unit in self.requests.pop(id).programs:
+            request = self.requests.pop(id)
+            for unit in request.programs:
                 self._alone.pop(unit.key, None)
                 self._num_saved -= unit.num_saved
                 self._prefill.drop(unit)
                 self._tables.release(unit.slots.values())
             self._unsent.discard(id)
             self._several.discard(id)
+            self.exports.release(Released(request.undrawn))
         self._visits.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
@@ -235,6 +239,7 @@ class Executor:
         found += [f"{len(self._ended)} requests that ended in a step that is over"] if self._ended else []
         units = [unit for request in self.requests.values() for unit in request.programs]
         found += [f"request {key[0]} runs alone and is unknown" for key in self._alone if key[0] not in self.requests]
+        found += self.exports.leftovers()
         num_lines = sum(len(unit.slots) for unit in units)
         if self._tables.num_users != num_lines:
             found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
@@ -259,6 +264,9 @@ class Executor:
             programs=len(programs),
             program_hits=programs.hits,
             program_misses=programs.misses,
+            exported=self.exports.num_made,
+            imported=self.exports.num_drawn,
+            num_kept=len(self.exports),
         )
 
     # -- admission ---------------------------------------------------------------------------------------------------
@@ -269,8 +277,7 @@ class Executor:
         if request.program.writes_samples and refuse_samples:
             raise InterventionError(f"the sampled token can't be edited: {refuse_samples}")
         for number, value in enumerate(parameters):
-            known = self.store.get(value.text) if isinstance(value, Digest) else value
-            request.parameters[parameter_of(number)] = known
+            request.parameters[parameter_of(number)] = self.store.value_of(value)
         request.env.update(request.parameters)
         for node, edit in request.program.edits.items():
             if (slot := self._tables.acquire(edit, parameters, request.parameters)) is not None:
@@ -499,6 +506,7 @@ class Executor:
             request = self.requests[id]
             if (data := request.outbox.take()) is not None:
                 self._send(request, _tensor(data), sent)
+        sent.made = self.exports.take_made()
         return sent
 
     def _send_together(self, group: Group, sent: Messages) -> None:
@@ -537,6 +545,8 @@ class Executor:
         sent.add(request.id, message)
         if request.outbox.has_ended:
             sent.last.add(request.id)
+            if request.links is not None and (failure := request.failed_by) is not None:
+                sent.failed[request.id] = failure
 
     def _refuse_results(self, request: Request, excess: str) -> None:
         self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.engine.attempt import Attempt
 from nnsight_vllm.engine.front import refusals
+from nnsight_vllm.engine.related import Related, Tied
 from nnsight_vllm.errors import AdmissionError
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Outcome, Request
@@ -37,6 +39,9 @@ class Flight:
         self.is_aborted = False
         self._engine = engine
         self._requests = requests
+        self._related = Related(requests)
+        self._links = self._related.links(range(len(requests)))
+        self._seeds = self._related.seeds()
         self._tensors = tensors
         self._receive = receive
         self._error: BaseException | None = None
@@ -87,11 +92,12 @@ class Flight:
     async def _serve(self, index: int) -> Outcome | None:
         """Send a request, again after each eviction. None if the flight was given up."""
         turnover = self._engine.turnover
+        attempt = self._attempt(index, self._links, self._receive)
         while not self.is_aborted:
             since = turnover.enter()
             found = None
             try:
-                found = await self._attempt(index)
+                found = await attempt
             except Exception as error:
                 self.give_up(_admission(error))
             finally:
@@ -105,17 +111,35 @@ class Flight:
             if not self.is_aborted:
                 self._engine.num_restarted += 1
                 self._tell([Piece(index, restarted=True)] if self._receive else [])
+                attempt = self._again(index)
+        attempt.close()
         return None
 
-    async def _attempt(self, index: int) -> tuple[Outcome, list[Piece]] | None:
+    async def _again(self, index: int) -> tuple[Outcome, list[Piece]] | None:
+        """Once more, with those who make its values; of theirs nobody hears."""
+        together = self._related.in_order(self._related.with_makers([index]))
+        links = self._related.links(together)
+        tried = [self._attempt(i, links, self._receive if i == index else None) for i in together]
+        found = await asyncio.gather(*tried, return_exceptions=True)  # all of them are over
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        own = found[together.index(index)]
+        assert not isinstance(own, BaseException)
+        return own
+
+    async def _attempt(
+        self, index: int, links: Mapping[int, bytes], receive: Receive | None
+    ) -> tuple[Outcome, list[Piece]] | None:
         """None if the flight was given up."""
         request = self._requests[index]
-        prompt, params = self._engine.sendable(request, self._tensors)
-        attempt = Attempt(index, self._receive, self.give_up)
+        tied = Tied(links.get(index), self._seeds.get(index))
+        prompt, params = self._engine.sendable(request, self._tensors, tied)
+        attempt = Attempt(index, receive, self.give_up)
         id = f"{PREFIX}{next(_NUMBERS)}"
         self._engine.listened.listen(id, attempt)
         try:
-            output = await self._last_output(id, prompt, params)
+            output = await self._last_output(id, prompt, params, receive is not None)
         finally:
             self._engine.listened.forget(id)
         if self.is_aborted:
@@ -126,8 +150,8 @@ class Flight:
             pieces[-1] = replace(pieces[-1], result=outcome.result)
         return outcome, pieces
 
-    async def _last_output(self, id: str, prompt: Any, params: Any) -> Any:
-        queue = await self._engine.send(id, prompt, params, self._receive is not None)
+    async def _last_output(self, id: str, prompt: Any, params: Any, wants_steps: bool) -> Any:
+        queue = await self._engine.send(id, prompt, params, wants_steps)
         self._sent.add(queue.request_id)
         try:
             if self.is_aborted:  # while it was being sent

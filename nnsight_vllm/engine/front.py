@@ -17,6 +17,7 @@ from nnsight_vllm.engine import refusal
 from nnsight_vllm.engine.collect import Collected, Collector
 from nnsight_vllm.engine.parts import MAX_PROGRAMS
 from nnsight_vllm.engine.prompts import make_prompt
+from nnsight_vllm.engine.related import Related, Tied
 from nnsight_vllm.engine.salts import Shared, salt_of, sharing_by
 from nnsight_vllm.engine.settings import Sites, engine_arguments
 from nnsight_vllm.engine.tensors import DEFAULT_LIMIT, SentTensors
@@ -35,6 +36,7 @@ FIELD = "nnsight_vllm"
 CUT = "nnsight_vllm_cut"
 MOST_CACHED = "nnsight_vllm_cached"
 SALT = "nnsight_vllm_salt"
+LINKS = "nnsight_vllm_links"
 _RENAMED = {"max_new_tokens": "max_tokens"}
 
 _GUARD = (
@@ -127,23 +129,29 @@ class Engine:
         """Run all requests together and wait for them. Those that the engine evicted start again from their prompts."""
         digests = {digest for request in requests for digest in request.constants}
         found: dict[int, Outcome] = {}
-        due = list(range(len(requests)))
+        related = Related(requests)
+        seeds = related.seeds()
+        due, num_before = related.in_order(range(len(requests))), len(requests) + 1
         with self._lock:
             self.tensors.acquire(digests, tensors)
             try:
                 while due:
-                    found.update(zip(due, self._run_once([requests[i] for i in due], tensors), strict=True))
+                    links = related.links(due)
+                    tied = [Tied(links.get(i), seeds.get(i)) for i in due]
+                    outcomes = zip(due, self._run_once([requests[i] for i in due], tensors, tied), strict=True)
+                    found |= {i: one for i, one in outcomes if i not in found or found[i].is_evicted}
                     evicted = [i for i in due if found[i].is_evicted]
-                    if len(evicted) == len(due):  # not even one at a time has room
+                    # Not even one at a time has room, or they have none together with those who make their values.
+                    if len(evicted) == len(due) or len(evicted) >= num_before:
                         break
                     self.num_restarted += len(evicted)
-                    due = evicted
+                    due, num_before = related.in_order(related.with_makers(evicted)), len(evicted)
             finally:
                 self.tensors.release(digests)
         return [found[i] for i in range(len(requests))]
 
-    def _run_once(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
-        outputs = self._generate(requests, tensors)
+    def _run_once(self, requests: list[Request], tensors: dict[str, bytes], tied: list[Tied]) -> list[Outcome]:
+        outputs = self._generate(requests, tensors, tied)
         asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
         if [list(output.prompt_token_ids) for output in outputs] != asked:
             raise InterventionError(
@@ -200,8 +208,9 @@ class Engine:
     def _states(self) -> dict[str, Any]:
         return dict(self._core.output_processor.request_states)
 
-    def _generate(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Any]:
-        prompts, params = zip(*(self.sendable(request, tensors) for request in requests), strict=True)
+    def _generate(self, requests: list[Request], tensors: dict[str, bytes], tied: list[Tied]) -> list[Any]:
+        pairs = zip(requests, tied, strict=True)
+        prompts, params = zip(*(self.sendable(request, tensors, own) for request, own in pairs), strict=True)
         try:
             with self.collector.collecting():
                 return list(self.llm.generate(list(prompts), list(params), use_tqdm=False))
@@ -211,10 +220,10 @@ class Engine:
                 raise AdmissionError(f"the engine refuses the request: {error}") from error
             raise
 
-    def sendable(self, request: Request, tensors: dict[str, bytes]) -> tuple[Any, Any]:
+    def sendable(self, request: Request, tensors: dict[str, bytes], tied: Tied) -> tuple[Any, Any]:
         """The request's prompt and sampling parameters as vLLM takes them, its graphs among them."""
         shared = self._sharing(request.graphs, tensors, request.prompt.rows) if request.graphs else None
-        return _prompt(request, shared), _params(request, shared)
+        return _prompt(request, shared), _params(request, shared, tied)
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
@@ -264,12 +273,16 @@ def _prompt(request: Request, shared: Shared | None) -> Any:
     return prompt if salt is None else {**prompt, "cache_salt": salt}
 
 
-def _params(request: Request, shared: Shared | None) -> Any:
+def _params(request: Request, shared: Shared | None, tied: Tied) -> Any:
     params = request.sampling.clone()
     if shared is None:
         return params
     graphs = list(request.graphs)
     policy: dict[str, object] = {FIELD: graphs[0] if len(graphs) == 1 else graphs}
+    if tied.links is not None:
+        policy[LINKS] = tied.links
+    if params.seed is None:
+        params.seed = tied.seed
     if not isinstance(shared.cut, Whole):
         policy[CUT] = True
     if shared.most is not None:

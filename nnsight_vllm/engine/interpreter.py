@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.exports import Exports
 from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, check_depth, evaluate
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
+from nnsight_vllm.engine.results import frozen_copy
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
-from nnsight_vllm.graph.nodes import Arg, Call, Const, Log, Op, Read, Ref, Save, Write
+from nnsight_vllm.graph.nodes import Arg, Call, Const, Export, Import, Log, Op, Read, Ref, Save, Write
 from nnsight_vllm.graph.ops import RANDOM, is_inplace
 from nnsight_vllm.plan.edits import ADDS
 from nnsight_vllm.plan.instructions import (
@@ -48,10 +50,11 @@ class ModuleCalls(Protocol):
 
 
 class Interpreter:
-    """`orders`: site name -> its place in the model's firing order."""
+    """`orders`: site name -> its place in the model's firing order. `exports`: what requests hand to each other."""
 
-    def __init__(self, orders: Mapping[str, int], calls: ModuleCalls, device: torch.device) -> None:
+    def __init__(self, orders: Mapping[str, int], calls: ModuleCalls, device: torch.device, exports: Exports) -> None:
         self._orders = orders
+        self._exports = exports
         self._calls = calls
         self.device = device
         self.num_run = 0  # nodes
@@ -77,6 +80,8 @@ class Interpreter:
             Call: self.call,
             Save: self.save,
             Log: self.log,
+            Export: self.export,
+            Import: self.import_,
         }
 
     def run(self, request: Request) -> None:
@@ -108,7 +113,7 @@ class Interpreter:
         request.node = node.id
         self.num_run += 1
         result = self._nodes[type(node)](request, node)
-        if not isinstance(node, Write | Save | Log):
+        if not isinstance(node, Write | Save | Log | Export):
             request.env[node.id] = result
         _free(request, run.free)
         return True
@@ -195,6 +200,24 @@ class Interpreter:
 
     def log(self, request: Request, node: Log) -> None:
         request.outbox.log(" ".join(str(evaluate(arg, request.env)) for arg in node.args))
+
+    def export(self, request: Request, node: Export) -> None:
+        self.keep(request, node, evaluate(node.value, request.env))
+
+    def import_(self, request: Request, node: Import) -> Any:
+        value = self.draw(request, node)
+        return frozen_copy(value) if node.id in request.program.copied else value
+
+    def keep(self, request: Request, node: Export, value: Any) -> None:
+        """Keep a request's value for others of its bundle."""
+        self._exports.make(request.links, request.parameters[int(node.key)], value)
+
+    def draw(self, request: Request, node: Import) -> Any:
+        """Another request's value. It is everybody's."""
+        key = request.parameters[int(node.key)]
+        value = self._exports.draw(request.links, key)
+        request.drawn.add(key)
+        return value
 
     def op(self, request: Request, node: Op) -> Any:
         args = [evaluate(arg, request.env) for arg in node.args]

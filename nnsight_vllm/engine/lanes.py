@@ -241,6 +241,8 @@ def lane_of(values: list[Any]) -> Lane:
     plain = isinstance(first, bool | int | float | str | torch.dtype) or first is None or first is Ellipsis
     if plain and all(type(value) is type(first) and value == first for value in values):
         return Shared(first)
+    if isinstance(first, Tensor) and all(value is first for value in values):  # so it's a constant or another request's
+        return Shared(first)
     return Items(values)
 
 

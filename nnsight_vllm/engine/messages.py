@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.exports import Address
 from nnsight_vllm.engine.lanes import Ints
+from nnsight_vllm.graph.results import Delta, Failure
+from nnsight_vllm.graph.wire import encode_delta
+
+
+def message_of(delta: Delta) -> Tensor:
+    return torch.frombuffer(bytearray(encode_delta(delta)), dtype=torch.uint8)
+
 
 _LIST = 0xDC  # msgpack's first byte of a list whose length is in the two bytes after it
 
@@ -21,15 +29,18 @@ _LIST = 0xDC  # msgpack's first byte of a list whose length is in the two bytes 
 class Messages:
     """Of one step. `single`: by request. `together`: requests by their places in the batch, and a line [bytes] for each.
 
-    `last`: requests whose graph stopped or failed, so that this is their last message.
+    `last`: requests whose graph stopped or failed, so that this is their last message. Of requests with links to others:
+    `made`, values that are there from now on, and why some `failed`.
     """
 
     single: dict[str, Tensor] = field(default_factory=dict)
     last: set[str] = field(default_factory=set)
     together: list[tuple[Ints, Tensor]] = field(default_factory=list)
+    made: list[Address] = field(default_factory=list)
+    failed: dict[str, Failure] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.single or self.together)
+        return bool(self.single or self.together or self.made)
 
     def add(self, id: str, message: Tensor) -> None:
         """One more message of a request."""
@@ -38,7 +49,9 @@ class Messages:
     def packed(self, index: Mapping[str, int]) -> Packed:
         """For the journey; `index`: places in the batch by request."""
         places = [(index[id], message) for id, message in self.single.items()]
-        return Packed(places, [(torch.from_numpy(at), lines) for at, lines in self.together], self.last)
+        return Packed(
+            places, [(torch.from_numpy(at), lines) for at, lines in self.together], self.last, self.made, self.failed
+        )
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Packed:
     single: list[tuple[int, Tensor]]
     together: list[tuple[Tensor, Tensor]]
     last: set[str]
+    made: list[Address]
+    failed: dict[str, Failure]
 
     def unpacked(self, num_requests: int) -> list[Tensor | None]:
         """A message or none for each request of the batch."""

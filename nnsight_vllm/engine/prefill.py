@@ -136,6 +136,6 @@ class Prefill:
                     raise InterventionError(f"rows before position {keys[value.text]} of the prompt weren't computed")
                 unit.parameters[id] = rows
             else:
-                unit.parameters[id] = self._store.get(value.text) if isinstance(value, Digest) else value
+                unit.parameters[id] = self._store.value_of(value)
         unit.env = dict(unit.parameters)
         return held

@@ -15,6 +15,7 @@ from nnsight_vllm.engine.progress import Progress
 from nnsight_vllm.engine.results import Outbox, describe
 from nnsight_vllm.engine.tables import Lines, Slot
 from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.plan.program import Program
 
@@ -31,7 +32,7 @@ class Status(enum.Enum):
 class Arrival:
     """A new request as the engine hands it over. `prompt_length` in tokens; `graph` as msgpack bytes, or several in order.
 
-    `refuse_samples`: why the sampled token can't be replaced, empty where it can.
+    `refuse_samples`: why the sampled token can't be replaced, empty where it can. `links`: those to requests of its bundle.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class Arrival:
     prompt_length: int
     seed: int
     refuse_samples: str = ""
+    links: Links | None = None
 
     @property
     def graphs(self) -> list[bytes]:
@@ -122,6 +124,9 @@ class Request:
     place: Place | None = None
     num_drawn: int = 0
     num_saved: int = 0  # bytes sent home
+    links: Links | None = None
+    drawn: set[str] = field(default_factory=set)  # keys of other requests' values that it has
+    failure: Failure | None = None
     outbox: Outbox = field(default_factory=Outbox)
     progress: Progress | None = None
     number: int = 0
@@ -145,6 +150,11 @@ class Request:
     @property
     def has_failed(self) -> bool:
         return any(unit.status is Status.FAILED for unit in self.programs)
+
+    @property
+    def failed_by(self) -> Failure | None:
+        """Why it failed, whichever program did."""
+        return next((unit.failure for unit in self.programs if unit.failure is not None), None)
 
     @property
     def sent_in_all(self) -> int:
@@ -176,6 +186,13 @@ class Request:
             self._lines[node] = Lines.of([self.slots.get(node)])
         return self._lines[node]
 
+    @property
+    def undrawn(self) -> list[tuple[str, str]]:
+        """Values of other requests, by bundle and key, that it was to have and hasn't."""
+        if self.links is None:
+            return []
+        return [(self.links.bundle, need.key) for need in self.links.needs if need.key not in self.drawn]
+
     def draw_seed(self) -> int:
         """A seed for the next random operation, the same alone and in any batch."""
         self.num_drawn += 1
@@ -199,8 +216,8 @@ class Request:
         """The request's own failure: nobody else hears of it."""
         retryable = isinstance(error, InterventionError) and error.retryable
         if self.parts is None or not self.parts.is_over:
-            failure = Failure(type(error).__name__, describe(error), self.node, retryable, self.number)
-            self.outbox.fail(failure, keep_token)
+            self.failure = Failure(type(error).__name__, describe(error), self.node, retryable, self.number)
+            self.outbox.fail(self.failure, keep_token)
         self._end_all(Status.FAILED)
 
     def start_over(self, outbox: Outbox) -> None:
@@ -235,9 +252,18 @@ def interrupted(request: Request, position: int, count: int) -> PreemptedError:
 def requests_of(arrival: Arrival, outbox: Outbox, ended: set[Parts]) -> list[Request]:
     """One for each graph of a new request; they share what they send."""
     graphs = arrival.graphs
-    parts = Parts(ended) if len(graphs) > 1 else None
+    parts, drawn = Parts(ended) if len(graphs) > 1 else None, set[str]()
     units = [
-        Request(arrival.request_id, arrival.prompt_length, arrival.seed, outbox=outbox, number=number, parts=parts)
+        Request(
+            arrival.request_id,
+            arrival.prompt_length,
+            arrival.seed,
+            outbox=outbox,
+            number=number,
+            parts=parts,
+            links=arrival.links,
+            drawn=drawn,
+        )
         for number in range(len(graphs))
     ]
     if parts is not None:

@@ -10,24 +10,31 @@ rows from some position on leaves plain blocks before it.
 Where memory for keys and values runs out, requests without graphs are evicted first: vLLM computes them again as they were,
 while a graph starts again from its prompt.
 
-A request whose graph stopped or failed ends with that step, and its blocks are free. Without graphs around, scheduling is
-vLLM's own.
+A request whose graph stopped or failed ends with that step, and its blocks are free.
+
+A request that needs another's value before an iteration is held until it's there: in the queue it lets others pass, and a running one
+keeps its memory and is left out of steps. Where those that are held take the room that others need to go on, the last is
+evicted. Without graphs around, scheduling is vLLM's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from nnsight_vllm.engine.compat import graph_of, may_be_cut, most_cached
-from nnsight_vllm.engine.messages import Packed
+from nnsight_vllm.engine.bundles import Bundles
+from nnsight_vllm.engine.compat import LINKS, RELEASED, graph_of, may_be_cut, most_cached
+from nnsight_vllm.engine.messages import Packed, message_of
 from nnsight_vllm.engine.salting import salt_from, set_apart
 from nnsight_vllm.errors import EngineSettingError
+from nnsight_vllm.graph.results import Delta, Failure
 
 
 class Policy:
@@ -40,6 +47,15 @@ class Policy:
     finish_requests: Any
     block_size: int
     hash_block_size: int
+    requests: dict[str, Any]
+    current_step: int
+    _preempt_request: Any
+    _held: Mapping[str, int] = {}  # in this step, by request: the iteration that it waits before
+    _doomed: Mapping[str, Failure] = {}
+
+    @functools.cached_property
+    def _bundles(self) -> Bundles:
+        return Bundles()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         for request in self.waiting:
@@ -47,27 +63,100 @@ class Policy:
                 set_apart(request)
         if self._may_evict():  # it takes the last ones
             self.running.sort(key=_has_graph, reverse=True)
+        if self._bundles or self._held:
+            self._hold()
         held = self._hold_back()
         try:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+            scheduled = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             for request in held:
                 self.waiting.add_request(request)
+        if self._bundles:
+            self._after(scheduled)
+        return scheduled
 
     def add_request(self, request: Any) -> None:
         salt_from(request, self.hash_block_size)
         super().add_request(request)  # type: ignore[misc]
+        if _has_graph(request) and (links := request.sampling_params.extra_args.get(LINKS)) is not None:
+            self._bundles.add(request.request_id, links)
 
     def update_from_output(self, scheduled: Any, output: Any) -> Any:
         """vLLM's own, with our messages among its outputs; requests whose last one is there go at once."""
         packed = output.pooler_output
         if not isinstance(packed, Packed):
-            return super().update_from_output(scheduled, output)  # type: ignore[misc]
-        output.pooler_output = packed.unpacked(len(output.req_ids))
-        made = super().update_from_output(scheduled, output)  # type: ignore[misc]
-        if packed.last:
-            self._end(one for client in made.values() for one in client.outputs if one.request_id in packed.last)
+            made = super().update_from_output(scheduled, output)  # type: ignore[misc]
+        else:
+            output.pooler_output = packed.unpacked(len(output.req_ids))
+            if self._bundles:
+                self._bundles.report(packed.made, packed.failed, packed.last)
+            made = super().update_from_output(scheduled, output)  # type: ignore[misc]
+            if packed.last:
+                self._end(one for client in made.values() for one in client.outputs if one.request_id in packed.last)
+        if self._doomed:
+            self._fail(made)
         return made
+
+    # -- values of other requests --------------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Find who waits for values. A running one isn't eligible for this step; `schedule` counts it first."""
+        held: dict[str, int] = {}
+        for id in self._bundles.waiting():
+            request = self.requests.get(id)
+            if request is not None and not request.num_preemptions:  # the worker fails an evicted one
+                iteration = _next_iteration(request)
+                if self._bundles.holds(id, iteration):
+                    held[id] = iteration
+                    request.next_decode_eligible_step = self.current_step + 2
+        self._held, self._doomed = held, self._bundles.hopeless(held) if held else {}
+
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        """Whether a waiting request may be scheduled; others pass those that may not."""
+        return request.request_id not in self._held and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+
+    def _after(self, scheduled: Any) -> None:
+        self._bundles.sent(new.req_id for new in scheduled.scheduled_new_reqs)
+        if released := self._bundles.take_released():
+            setattr(scheduled, RELEASED, released)
+        if self._held and not scheduled.total_num_scheduled_tokens:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Nobody runs: if others wait for the room of those that are held, one of these has to go."""
+        is_in_flight = any(request.num_in_flight_tokens for request in self.running)
+        others = [request for request in self.waiting if request.request_id not in self._held]
+        holding = [request for request in self.running if request.request_id in self._held]
+        if others and holding and not is_in_flight:
+            self.running.remove(holding[-1])
+            self._preempt_request(holding[-1], time.monotonic())
+
+    def _fail(self, made: dict[int, Any]) -> None:
+        """End requests whose values will never be there, as soon as nothing of them is in flight."""
+        alive = {id: self.requests[id] for id in self._doomed if id in self.requests}
+        doomed = {id: self._doomed[id] for id, request in alive.items() if not request.num_in_flight_tokens}
+        for id, failure in doomed.items():
+            self._bundles.fail(id, failure)
+        for request in self.finish_requests(list(doomed), RequestStatus.FINISHED_ABORTED):
+            message = message_of(Delta(failure=doomed[request.request_id]))
+            output = EngineCoreOutput(
+                request.request_id,
+                [],
+                pooling_output=message,
+                finish_reason=FinishReason.ABORT,
+                events=request.take_events(),
+            )
+            made.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        self._doomed = {}
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        if self._bundles:
+            is_aborted = request.status == RequestStatus.FINISHED_ABORTED
+            self._bundles.ended(request.request_id, "it was aborted before" if is_aborted else "it ended before")
+        return found
+
+    # -- the end of requests -------------------------------------------------------------------------------------------
 
     def _end(self, outputs: Iterable[Any]) -> None:
         """Make these the last outputs of their requests. `ABORT` keeps a detokenizer from dropping a token as a stop's."""
@@ -94,13 +183,16 @@ class Policy:
         return held
 
     def _first_too_long(self) -> Any | None:
-        budget = self.max_num_scheduled_tokens - sum(map(_missing, self.running))
-        for request in self.waiting:
+        budget = self.max_num_scheduled_tokens - sum(map(_missing, filter(self._may_run, self.running)))
+        for request in filter(self._may_run, self.waiting):
             missing = _missing(request)
             if missing > budget and self._is_worth_waiting(request, missing):
                 return request
             budget -= missing
         return None
+
+    def _may_run(self, request: Any) -> bool:
+        return not self._held or request.request_id not in self._held
 
     def _is_worth_waiting(self, request: Any, missing: int) -> bool:
         """Not for what no step can take, nor for an evicted request: the worker fails those."""
@@ -148,6 +240,13 @@ def _has_graph(request: Any) -> bool:
 
 def _is_whole(request: Any) -> bool:
     return _has_graph(request) and not may_be_cut(request.sampling_params)
+
+
+def _next_iteration(request: Any) -> int:
+    """The last iteration that the next step of this request computes."""
+    position: int = request.num_computed_tokens + len(request.spec_token_ids)
+    prompt: int = request.num_prompt_tokens
+    return max(position - prompt + 1, 0)
 
 
 def _missing(request: Any) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.plan.template import Digest, Key, Parameter
 
 NAME = "tensor"
 
@@ -53,6 +54,16 @@ class Store:
         if tensor is None:
             raise GraphError(f"constant {key[:12]} isn't in the engine's store")
         return tensor
+
+    def value_of(self, parameter: Parameter) -> Tensor | str | int | float:
+        """What a parameter is in the run. Raises for a tensor that isn't here."""
+        match parameter:
+            case Digest():
+                return self.get(parameter.text)
+            case Key():
+                return parameter.text
+            case _:
+                return parameter
 
     def info(self) -> StoreInfo:
         size = sum(tensor.nbytes for tensor in self._tensors.values())

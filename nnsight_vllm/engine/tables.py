@@ -13,7 +13,7 @@ from nnsight_vllm.kernels.columns import COLUMNS
 from nnsight_vllm.kernels.dispatch import edit
 from nnsight_vllm.kernels.table import DTYPES, Table
 from nnsight_vllm.plan.edits import Edit
-from nnsight_vllm.plan.template import Digest, Parameter, parameter_of
+from nnsight_vllm.plan.template import Digest, Key, Parameter, parameter_of
 
 MAX_LINE = 4 << 20  # bytes; a larger edit runs without a table
 MAX_TABLE = 256 << 20  # bytes of lines in use; what comes after that runs without one
@@ -149,4 +149,4 @@ def _sizes(operation: str, line: Mapping[str, Any]) -> tuple[int | None, int | N
 
 def _name(parameter: Parameter) -> Hashable:
     """Equal names are equal values; -0.0 isn't 0.0."""
-    return parameter.text if isinstance(parameter, Digest) else float(parameter).hex()
+    return parameter.text if isinstance(parameter, Digest | Key) else float(parameter).hex()

@@ -81,6 +81,8 @@ class Worker(_Base):
         known = self.seam.known_requests
         ended = [id for id in self.executor.requests if id not in live and id in known]
         self.executor.drop(ended)
+        if not live:
+            self.executor.exports.end()
         return msgspec.msgpack.encode(self.executor.leftovers(known))
 
     def _start(self) -> None:

@@ -18,7 +18,9 @@ from nnsight_vllm.graph.nodes import (
     Const,
     Dict,
     Dtype,
+    Export,
     Graph,
+    Import,
     Iterations,
     List,
     Log,
@@ -38,6 +40,7 @@ from nnsight_vllm.graph.ops import OPS, is_inplace
 from nnsight_vllm.graph.order import Cursor
 
 MAX_DEPTH = 64
+MAX_KEY = 64
 DTYPES = frozenset(
     [
         "float32",
@@ -91,7 +94,7 @@ def operands(node: Node) -> list[Arg]:
             return [*node.args, *node.kwargs.values()]
         case Call() | Log():
             return list(node.args)
-        case Write() | Save():
+        case Write() | Save() | Export():
             return [node.value]
         case Cond():
             return [node.test]
@@ -155,9 +158,22 @@ class Checker:
                 return {node.id, *self._loop(node, seen, depth)}
             case Iterations():
                 return {node.id, *self._iterations(node, seen, depth)}
+            case Export() | Import():
+                self._across(node, depth)
             case Save() | Log() | Stop():
                 pass
         return {node.id}
+
+    def _across(self, node: Export | Import, depth: int) -> None:
+        kind = "an export" if isinstance(node, Export) else "an import"
+        if depth:
+            raise GraphError(
+                f"node {node.id}: {kind} stands at the top level of a graph, this one is inside of a block"
+            )
+        if not 0 < len(node.key) <= MAX_KEY:
+            raise GraphError(f"node {node.id}: a key has 1 to {MAX_KEY} characters, got {len(node.key)}")
+        if isinstance(node, Import):
+            self.cursor.wait(node.iteration)
 
     def _op(self, node: Op) -> None:
         if node.name not in OPS:

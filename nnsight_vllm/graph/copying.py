@@ -12,6 +12,8 @@ from nnsight_vllm.graph.nodes import (
     Cond,
     Const,
     Dict,
+    Export,
+    Import,
     Iterations,
     List,
     Log,
@@ -74,6 +76,10 @@ class Copier:
                 return Call(id, node.module, self._args(node.args))
             case Save():
                 return Save(id, node.name, self._arg(node.value))
+            case Export():
+                return Export(id, node.key, self._arg(node.value))
+            case Import():
+                return Import(id, node.key, node.iteration)
             case Log():
                 return Log(id, self._args(node.args))
             case Stop():

@@ -137,6 +137,25 @@ class Stop(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
     id: int
 
 
+class Export(Struct, frozen=True, tag="export", forbid_unknown_fields=True):
+    """Keep a copy of `value`, as it is now, in the engine, for requests of the same bundle. Stands at the top level only."""
+
+    id: int
+    key: str
+    value: Arg
+
+
+class Import(Struct, frozen=True, tag="import", forbid_unknown_fields=True):
+    """The value that another request of the bundle exports under `key`: there before this one's `iteration` begins.
+
+    Stands at the top level only.
+    """
+
+    id: int
+    key: str
+    iteration: int = 0
+
+
 class Cond(Struct, frozen=True, tag="cond", forbid_unknown_fields=True):
     """Run one of two blocks. `outs[i]` is the id of the chosen block's `yields[i]`."""
 
@@ -177,7 +196,7 @@ class Iterations(Struct, frozen=True, tag="iterations", forbid_unknown_fields=Tr
     body: Block
 
 
-Node = Read | Write | Op | Const | Call | Save | Log | Stop | Cond | Loop | Iterations
+Node = Read | Write | Op | Const | Call | Save | Log | Stop | Export | Import | Cond | Loop | Iterations
 
 
 class Graph(Struct, frozen=True, tag="graph", forbid_unknown_fields=True):

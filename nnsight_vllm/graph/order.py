@@ -16,6 +16,11 @@ from nnsight_vllm.errors import OutOfOrderError
 START = -1
 
 
+def last_trip(start: int, stop: int, step: int) -> int:
+    """The last of the iterations `start, start + step, ...` below `stop`."""
+    return start + (stop - 1 - start) // step * step
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a program stands. `ended` after an unbounded `iterations` block: nothing more can be touched."""
@@ -52,6 +57,17 @@ class Cursor:
         self._check_loop(site, target)
         self.at = target
 
+    def wait(self, iteration: int) -> None:
+        """Go on when the iteration has begun, or at once if it has. Raises `OutOfOrderError` where nothing follows."""
+        if iteration < 0:
+            raise OutOfOrderError(f"iterations count from 0, got {iteration}")
+        if self.at.ended:
+            raise OutOfOrderError(
+                "a value of another request comes after an unbounded iteration block; nothing follows it"
+            )
+        if iteration > self.at.iteration:
+            self.at = Place(iteration)
+
     @contextmanager
     def iterations(self, block: int, start: int, stop: int | None, step: int) -> Iterator[None]:
         """A block that runs at iterations `start, start + step, ...` below `stop`."""
@@ -76,8 +92,7 @@ class Cursor:
         if stop is None:
             self.at = replace(self.at, ended=True)
         else:
-            last = start + (stop - 1 - start) // step * step
-            self.at = Place(last, self.at.order)
+            self.at = Place(last_trip(start, stop, step), self.at.order)
 
     def join(self, other: Place) -> None:
         """After two branches: the later of where they ended."""

@@ -64,7 +64,8 @@ class Stats(Struct, frozen=True):
     in a group but request by request, `alone` for a request that nobody shared its place and program with. `prevented`
     says of `one_by_one` how often each operation was why. `programs` are compiled and kept; `program_hits` and
     `program_misses` count requests whose program was there already, or not. `restarted`: how often a request was run again
-    because the engine had evicted it.
+    because the engine had evicted it. `exported` counts values that requests kept for others, `imported` their uses;
+    `num_kept` values wait for a use now.
     """
 
     batched: int = 0
@@ -75,6 +76,9 @@ class Stats(Struct, frozen=True):
     program_hits: int = 0
     program_misses: int = 0
     restarted: int = 0
+    exported: int = 0
+    imported: int = 0
+    num_kept: int = 0
 
 
 class Failure(Struct, frozen=True):

@@ -13,7 +13,9 @@ from nnsight_vllm.graph.nodes import (
     Dict,
     Dots,
     Dtype,
+    Export,
     Graph,
+    Import,
     Iterations,
     List,
     Log,
@@ -123,5 +125,9 @@ def _line(node: Node) -> str:
             return f"log({_args(node.args)})"
         case Stop():
             return "stop"
+        case Export():
+            return f"export {node.key} = {render_arg(node.value)}"
+        case Import():
+            return f"%{node.id} = import {node.key}{_at(node.iteration)}"
         case _:
             raise AssertionError(type(node))

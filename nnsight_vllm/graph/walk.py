@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnsight_vllm.graph.nodes import Block, Cond, Const, Graph, Iterations, Log, Loop, Node, Op, Save, Stop, Write
+from nnsight_vllm.graph.nodes import (
+    Block,
+    Cond,
+    Const,
+    Export,
+    Graph,
+    Import,
+    Iterations,
+    Log,
+    Loop,
+    Node,
+    Op,
+    Read,
+    Save,
+    Stop,
+    Write,
+)
+from nnsight_vllm.graph.order import last_trip
 
 
 def nodes_of(block: Block) -> Iterator[Node]:
@@ -40,4 +57,18 @@ def sites_written(block: Block) -> frozenset[str]:
 
 def is_quiet(graph: Graph) -> bool:
     """Whether a graph sends nothing home and never stops its request."""
-    return not any(isinstance(node, Save | Log | Stop) for node in nodes_of(graph.body))
+    return not any(isinstance(node, Save | Log | Stop | Export | Import) for node in nodes_of(graph.body))
+
+
+def iteration_after(nodes: list[Node]) -> int | None:
+    """The iteration at which a program stands behind these top-level nodes; None where it never gets there."""
+    found = 0
+    for node in nodes:
+        if isinstance(node, Iterations):
+            if node.stop is None:
+                return None
+            found = last_trip(node.start, node.stop, node.step)
+        else:
+            within = nodes_of(Block([node]))
+            found = max([found, *(one.iteration or 0 for one in within if isinstance(one, Read | Write | Import))])
+    return found

@@ -8,7 +8,7 @@ depends on the same things, by `salt`:
     GRAPH     every row, of prompt and answer alike, is changed by itself and in the same way
     LENGTH    every row of the prompt is changed by itself, but which, or how, may depend on the prompt's length
     PROMPT    a row may depend on any other: only the same prompt
-    UNIQUE    random numbers: nobody
+    UNIQUE    random numbers, or values of other requests: nobody
 
 A row of the prompt that only its position tells (`h[2] = v`) is edited alike in every prompt that has it.
 
@@ -30,7 +30,9 @@ from nnsight_vllm.graph.nodes import (
     Call,
     Cond,
     Const,
+    Export,
     Graph,
+    Import,
     Iterations,
     Log,
     Loop,
@@ -86,7 +88,7 @@ def caching_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str
     """For a prompt of `num_rows` tokens; the others are those of `Kinds`."""
     reader = _Reader(trailing, rank, num_rows)
     reader.block(graph.body, _Where())
-    if reader.is_random and reader.writes:
+    if reader.is_unlike and reader.writes:
         return Caching(Salt.UNIQUE, min(reader.first, reader.needs), reader.first, reader.has_parts)
     if reader.may_break_off and reader.writes:  # a row may have got some of its edits and not the others
         reader.writes = {Salt.PROMPT}
@@ -135,7 +137,7 @@ class _Reader(Kinds):
         self.has_parts = False
         self.reads_prompt = False
         self.changes_own = False
-        self.is_random = False
+        self.is_unlike = False  # what no other request can be known to have alike: random numbers, values of others
         self.may_break_off = False  # between two sites of the prompt
         self.may_fail_late = False  # behind them
 
@@ -159,7 +161,10 @@ class _Reader(Kinds):
                 self._break_off(where.is_prompt)
             case Call():
                 self._values[node.id] = self._unknown(node.args, where)
-            case Save(value=value):
+            case Import():  # of the other request's prompt, graph and sampling
+                self.is_unlike = True
+                self._values[node.id] = self._unknown([], where.at(node.iteration))
+            case Save(value=value) | Export(value=value):
                 self._send([value])
             case Log(args=args):
                 self._send(args)
@@ -220,7 +225,7 @@ class _Reader(Kinds):
     # -- operations --------------------------------------------------------------------------------------------------
 
     def _op(self, node: Op, where: _Where) -> Value:
-        self.is_random |= node.name in RANDOM
+        self.is_unlike |= node.name in RANDOM
         if node.writes is not None:
             return self._change(node, where)
         target = self.value(node.args[0]) if node.args else NUMBER

@@ -23,7 +23,9 @@ from nnsight_vllm.graph.nodes import (
     Call,
     Cond,
     Const,
+    Export,
     Graph,
+    Import,
     Iterations,
     Log,
     Loop,
@@ -109,8 +111,11 @@ class _Cutter(Kinds):
                 self._values[node.id] = self._op(node)
             case Call():
                 self._values[node.id] = self._call(node)
-            case Save():
+            case Save() | Export():
                 self._send(node, [node.value])
+            case Import():
+                self._is_past |= node.iteration != 0
+                self._values[node.id] = Value(Of.MIXED, is_own=True)
             case Log() | Stop():
                 self._rest(node)
             case Cond() | Loop():

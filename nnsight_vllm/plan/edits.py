@@ -98,7 +98,7 @@ def _leaves(code: Sequence[Instruction], stop: int, site: str) -> bool:
     """Whether a program that goes on here surely has no more to do at the site."""
     match code[stop]:
         case At() as at:
-            return at.site != site
+            return at.site not in (site, None)  # one that waits for an iteration may be there already
         case Jump(target=target):
             return isinstance(code[target], IterNext)
         case _:

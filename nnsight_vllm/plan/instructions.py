@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnsight_vllm.graph.nodes import Arg, Block, Call, Const, Graph, Log, Op, Read, Save, Write
+from nnsight_vllm.graph.nodes import Arg, Block, Call, Const, Export, Graph, Import, Log, Op, Read, Save, Write
 from nnsight_vllm.graph.text import render, render_arg
 
-Plain = Read | Write | Op | Const | Call | Save | Log
+Plain = Read | Write | Op | Const | Call | Save | Log | Export | Import
 
 
 @dataclass(frozen=True)

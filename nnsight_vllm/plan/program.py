@@ -19,6 +19,7 @@ from nnsight_vllm.graph.nodes import (
     Cond,
     Const,
     Graph,
+    Import,
     Iterations,
     Loop,
     Node,
@@ -66,8 +67,8 @@ class Program:
 
     `edits`: nodes that a table's kernel can do. `visits`: by their place in the code, sites where it does nothing but those.
 
-    `copied` are the `const` nodes whose tensor some in-place operation might reach: they get a copy, the store is
-    everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
+    `copied` are the `const` and `import` nodes whose tensor some in-place operation might reach: they get a copy, the
+    original is everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
     sent home, by the name they are saved under. `changes_values`: something is changed in place that isn't a site.
     `is_quiet`: it never sends anything home, nor stops the request; `saves` are the names that it sends under.
     `keeps_together`: requests in the midst of it can't be told apart from one another's memory, so they don't run as a
@@ -196,12 +197,19 @@ class _Compiler:
             case _:
                 if isinstance(node, Read | Write):
                     self.wait(At(node.site, node.iteration))
+                elif isinstance(node, Import):
+                    self.wait_for_iteration(node.iteration)
                 self.emit(Run(node, self.dead_after(node)))
 
     def wait(self, at: At) -> None:
         if at != self.at:
             self.emit(at)
             self.at = at
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        is_there = self.at is not None and self.at.iteration is not None and self.at.iteration >= iteration
+        if not is_there:
+            self.wait(At(None, iteration))
 
     def cond(self, node: Cond) -> None:
         branch = self.emit(Branch(node.id, node.test, 0))
@@ -254,7 +262,9 @@ class _Compiler:
     def dead_after(self, node: Node) -> tuple[int, ...]:
         """Values to free once the node is done; only some kinds of nodes have a value of their own."""
         dead = self.live.after[node.id]
-        return dead if isinstance(node, Read | Op | Const | Call) else tuple(id for id in dead if id != node.id)
+        return (
+            dead if isinstance(node, Read | Op | Const | Call | Import) else tuple(id for id in dead if id != node.id)
+        )
 
     def patch(self, index: int, target: int) -> None:
         match self.code[index]:
@@ -270,10 +280,10 @@ def _bound(value: int | None) -> Arg:
 
 
 def _copied(nodes: list[Node]) -> frozenset[int]:
-    """Constants that leave their node under another name (a view, a container, a branch's result) or are changed."""
+    """Constants and imports that leave their node under another name (a view, a container, a branch's result) or are changed."""
     if not any(isinstance(node, Op) and _changes(node) for node in nodes):
         return frozenset()
-    constants = {node.id for node in nodes if isinstance(node, Const)}
+    constants = {node.id for node in nodes if isinstance(node, Const | Import)}
     return frozenset(id for node in nodes for arg in _aliased(node) for id in refs(arg) if id in constants)
 
 

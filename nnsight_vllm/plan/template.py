@@ -1,6 +1,7 @@
 """Graph -> template and parameters: what graphs of like structure share, and what each has of its own.
 
-Parameters are tensors, numbers (row indexes and slice bounds among them) and the bounds of iterations. In a template,
+Parameters are tensors, numbers (row indexes and slice bounds among them), the bounds of iterations and the keys of values that
+pass between requests. In a template,
 parameter k is the reference `-1 - k`; ids in a graph that came from outside are never negative.
 """
 
@@ -15,7 +16,9 @@ from nnsight_vllm.graph.nodes import (
     Cond,
     Const,
     Dict,
+    Export,
     Graph,
+    Import,
     Iterations,
     List,
     Log,
@@ -38,7 +41,14 @@ class Digest:
     text: str
 
 
-Parameter = Digest | int | float
+@dataclass(frozen=True)
+class Key:
+    """A parameter that names a value of another request, or for others."""
+
+    text: str
+
+
+Parameter = Digest | Key | int | float
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,10 @@ class _Splitter:
                 return Op(node.id, node.name, self.args(node.args), kwargs, node.writes)
             case Const():
                 return Const(node.id, str(self.take(Digest(node.digest))))
+            case Export():
+                return Export(node.id, str(self.take(Key(node.key))), self.arg(node.value))
+            case Import():
+                return Import(node.id, str(self.take(Key(node.key))), node.iteration)
             case Write():
                 return Write(node.id, node.site, self.arg(node.value), node.iteration)
             case Save():

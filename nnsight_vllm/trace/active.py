@@ -22,6 +22,11 @@ def current(what: str) -> Recorder:
     return recorder
 
 
+def open_or(own: Recorder) -> Recorder:
+    """The recorder of the invoke that is open; without one, this."""
+    return _recording() or own
+
+
 def is_recording() -> bool:
     return _recording() is not None
 

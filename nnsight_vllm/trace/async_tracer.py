@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import RefusedError
+from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.edits import Standing
 from nnsight_vllm.trace.events import AsyncBackend, Event, Piece, Receive, Run
 from nnsight_vllm.trace.naming import names_of_saves
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.stream import Stream, ended
-from nnsight_vllm.trace.tracer import Invoke, Tracer, error_of
+from nnsight_vllm.trace.tracer import Invoke, Tracer, error_of, raise_all
 
 if TYPE_CHECKING:
     from typing import Self
@@ -59,9 +60,14 @@ class AsyncTracer(Tracer):
         return is_over
 
     def add(self, invoke: Invoke) -> None:
+        is_new = invoke not in self.invokes
         super().add(invoke)
         frame = self._frame if invoke is self._only else invoke._frame
-        self._names.append(names_of_saves(invoke.recorder, frame))
+        names = names_of_saves(invoke.recorder, frame)
+        if is_new:
+            self._names.append(names)
+        else:
+            self._names[self.invokes.index(invoke)] |= names
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -90,14 +96,16 @@ class AsyncTracer(Tracer):
         if not self._is_due:
             raise RefusedError(f"the trace recorded at {self._line} has run already, or failed; {user_line()}")
         self._is_due = False
-        return self._engine.start([invoke.request() for invoke in self.invokes], self.tensors, receive)
+        return self._engine.start(self.requests(), self.tensors, receive)
 
     def finish(self, run: Run) -> None:
         """The requests are over: give names and proxies their values. Raises what failed."""
         try:
-            self._finish(run.outcomes.result())
+            errors = self.settle(run.outcomes.result())
+            deliver(self._frame)
+            raise_all(errors, "of the trace")
         finally:
-            self._fail_recorders()
+            self.fail_recorders()
             self._forget_frames()
 
     def leave(self, run: Run) -> None:
@@ -105,7 +113,7 @@ class AsyncTracer(Tracer):
         run.abort()
         for recorder in self.recorders:
             recorder.why_failed = _LEFT
-        self._fail_recorders()
+        self.fail_recorders()
         self._forget_frames()
 
     def event(self, piece: Piece) -> Event:
@@ -116,7 +124,8 @@ class AsyncTracer(Tracer):
             values.update(dict.fromkeys(names.get("result", ()), piece.result))
         failure = None
         if piece.failure is not None:
-            failure = error_of(self.invokes[piece.request].line_of(piece.failure), piece.failure)
+            invoke = self.invokes[piece.request]
+            failure = error_of(invoke.line_of(piece.failure), piece.failure, invoke.source_of(piece.failure))
         return Event(
             piece.request,
             piece.sample,

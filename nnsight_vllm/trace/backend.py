@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.tree import Tree
 
@@ -23,7 +24,8 @@ class Prompt:
 class Request:
     """One request: `graph` is its own, None where it has none; `constants` are the digests of the tensors it names.
 
-    `edits` are graphs that run before its own at each site, `after` those that run behind it.
+    `edits` are graphs that run before its own at each site, `after` those that run behind it. `links` say what it hands to others
+    of the same run, and gets from them; the engine fills in which bundle that is.
     """
 
     prompt: Prompt
@@ -32,6 +34,7 @@ class Request:
     constants: frozenset[str] = frozenset()
     edits: tuple[bytes, ...] = ()
     after: tuple[bytes, ...] = ()
+    links: Links | None = None
 
     @property
     def graphs(self) -> tuple[bytes, ...]:

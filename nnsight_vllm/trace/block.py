@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType
 from weakref import WeakKeyDictionary
@@ -63,16 +64,20 @@ class Body:
 
     def run(self, recorder: Recorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""
+        self.run_each(recorder, [self._skip.entered])
+
+    def run_each(self, recorder: Recorder, items: Iterable[object]) -> None:
+        """Run the rewritten body once for each item; what `as` names is bound to it, if that's left to the body."""
         names = _Names(self._frame, self._built)
-        if self._built.entered_as is not None:
-            names.bindings.set({self._built.entered_as: self._skip.entered})
-        runtime = Runtime(recorder, names.bindings, self._frame.f_code.co_filename)
         function, skipped = names.function(), sys.exception()
         self._skip.restore_frame()
         frames.set_handled(self._handled)
         try:
             self._skip.restore_thread()
-            function(runtime)
+            for item in items:
+                if self._built.entered_as is not None:
+                    names.bindings.set({self._built.entered_as: item})
+                function(Runtime(recorder, names.bindings, self._frame.f_code.co_filename))
         finally:
             tracer = sys.gettrace()
             sys.settrace(None)
@@ -125,6 +130,24 @@ def prepare(frame: FrameType) -> Body | None:
     plan = plans[key]
     _REASONS[code] = plan.reason
     return Body(frame, plan.built, plan.lines) if plan.built is not None else None
+
+
+def prepare_repeated(frame: FrameType) -> Body | str:
+    """The body of a block that runs several times, each time with another value for the name that `as` binds; or why not."""
+    if is_rewritten(frame.f_code):
+        return "it stands in a block that is run apart from its function already"
+    located = locate(frame)
+    if isinstance(located, str):
+        return located
+    if not frames.is_function(frame) and frame.f_locals is not frame.f_globals:
+        return "it stands in a class body"
+    target = located.item.optional_vars
+    if not isinstance(target, ast.Name | None):
+        return "`as` binds more than a plain name"
+    _refuse_obstacles(located, frame.f_code.co_filename)
+    lines = range(located.first_line, located.last_line + 1) if located.starts_visibly() else None
+    name = None if target is None else target.id
+    return Body(frame, build(located.body, located.statement.lineno, frame.f_code, name), lines)
 
 
 def why_native(frame: FrameType) -> str | None:

@@ -13,6 +13,7 @@ import torch
 
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.active import current, is_recording
+from nnsight_vllm.trace.session import KeptDict, KeptList, kept_by_session
 
 
 def _recorded(name: Any, python: Callable[..., Any], twin: Callable[..., Any], args: Any) -> Any:
@@ -26,12 +27,16 @@ def _scalar(value: Any) -> object:
 
 
 def list(*items: Any) -> Any:
-    """A list in the run. What is appended to it after `.save()` comes home too."""
+    """A list in the run. What is appended to it after `.save()` comes home too. Between the traces of a session one of Python's."""
+    if not is_recording() and kept_by_session(kept := KeptList(items)):
+        return kept
     return _recorded("list", builtins.list, builtins.list, items)
 
 
 def dict(*items: Any, **named: Any) -> Any:
-    """A dict in the run."""
+    """A dict in the run; between the traces of a session one of Python's."""
+    if not is_recording() and kept_by_session(kept := KeptDict(*items, **named)):
+        return kept
     args = (builtins.dict(*items, **named),) if named else items
     return _recorded("dict", builtins.dict, builtins.dict, args)
 

@@ -84,7 +84,8 @@ class Encoder:
     def encode(self, value: object) -> Arg:
         """`value` as data. Raises `RefusedError` for what can't travel."""
         if isinstance(value, Proxy):
-            return self.recorder.use(value)
+            is_known = value._recorder is not self.recorder and value._is_done
+            return self.encode(value.value) if is_known else self.recorder.use(value)
         if isinstance(value, torch.Tensor):
             return self.recorder.constant(self.constants.add(value))
         known = _BY_TYPE.get(type(value))

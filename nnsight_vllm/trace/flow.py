@@ -81,7 +81,7 @@ class Flow:
 
     def _then_value(self, handle: CondHandle, value: object) -> Arg:
         """In the then branch, a result of this same cond is what that branch yields for it."""
-        if isinstance(value, Proxy) and value._node in handle.outs:
+        if isinstance(value, Proxy) and value._recorder is self.recorder and value._node in handle.outs:
             return handle.then_yields[handle.outs.index(value._node)]
         return self.recorder.encode(value)
 
@@ -101,6 +101,7 @@ class Flow:
 
     def begin_loop(self, over: object, inits: list[object]) -> tuple[LoopHandle, object, list[object]]:
         recorder = self.recorder
+        over, inits = recorder.localized(over), recorder.localized(inits)
         encoded, first = recorder.encode(over), [recorder.encode(init) for init in inits]
         id, item = recorder.new_id(), recorder.new_id()
         carried = [recorder.new_id() for _ in inits]
@@ -167,7 +168,7 @@ class Flow:
         """A name that carries a value from one iteration to the next would keep its first value: refuse it."""
         for name, now in frames.names(user_frame()).items():
             old = block.names.get(name)
-            if type(old) is not Proxy or old._node not in self.recorder.used or old._recorder is not self.recorder:
+            if type(old) is not Proxy or not self.recorder.has_used(old):
                 continue
             if type(now) is Proxy and now is not old and now._scope is block.scope:
                 raise ScopeError(

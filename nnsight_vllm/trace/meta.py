@@ -114,6 +114,21 @@ def of_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def fresh(value: object) -> object:
+    """A stand-in like this one, with memory of its own."""
+    match value:
+        case torch.Tensor():
+            return of_tensor(value)
+        case list():
+            return [fresh(item) for item in value]
+        case tuple():
+            return value if hasattr(value, "_fields") else tuple(fresh(item) for item in value)
+        case dict():
+            return {key: fresh(item) for key, item in value.items()}
+        case _:
+            return value
+
+
 def storage(value: object) -> int | None:
     """An identity that all views of one tensor share; None for anything but a tensor."""
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None

@@ -83,6 +83,7 @@ class Places:
 
     def write(self, site: SiteInfo, value: object) -> None:
         """Assign the site by value."""
+        value = self._recorder.localized(value)
         if isinstance(value, Proxy) and self._is_whole(site, value):
             return  # `x.output += v` ends with assigning the place to itself
         if site.refuse_write:
@@ -104,8 +105,9 @@ class Places:
 
     def possible_roots(self, args: object) -> frozenset[Root]:
         """The sites that any of these values is, or may be, a view of."""
-        roots = {root for proxy in proxies_in(args) if (root := self._root_of(proxy)) is not None}
-        return frozenset(roots).union(*(proxy._maybe for proxy in proxies_in(args)))
+        own = [proxy for proxy in proxies_in(args) if proxy._recorder is self._recorder]
+        roots = {root for proxy in own if (root := self._root_of(proxy)) is not None}
+        return frozenset(roots).union(*(proxy._maybe for proxy in own))
 
     def _writable_now(self, root: Root) -> str:
         site, line = root.site, user_line()
@@ -188,6 +190,12 @@ class Places:
 
     def _iteration(self) -> int | None:
         return None if self.block is not None else self.cursor.at.iteration
+
+    def iteration_now(self) -> int:
+        """The iteration that a value of another invoke has to be there for, if it's used here. Raises if none follows."""
+        if self.cursor.at.ended:
+            raise OutOfOrderError(f"after an unbounded iteration block only tracer.result can be read; {user_line()}")
+        return self.cursor.at.iteration if self.block is None else self.block.start
 
     def _block_id(self) -> int | None:
         return self.block.id if self.block is not None else None

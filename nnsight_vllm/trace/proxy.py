@@ -15,7 +15,7 @@ import torch
 
 from nnsight_vllm.errors import ControlFlowError, GradientsUnavailable, RefusedError, ValueNotSetError
 from nnsight_vllm.graph.ops import OPS
-from nnsight_vllm.trace import meta
+from nnsight_vllm.trace import active, meta
 from nnsight_vllm.trace.source import user_frame, user_line
 
 if TYPE_CHECKING:
@@ -69,8 +69,24 @@ class Proxy:
         if self._is_done:
             raise RefusedError(f"the run is over; call .save() inside the block; {user_line()}")
         saved = Proxy(self._recorder, self._node, self._metas, self._scope, self._maybe)
-        self._slot = saved._slot = self._recorder.save(self)
+        self._slot = saved._slot = self._here.save(self)
         return saved
+
+    @property
+    def _here(self) -> Recorder:
+        """Who records what happens to the value: the invoke that is open, which may be another than its own."""
+        return active.open_or(self._recorder)
+
+    @property
+    def _local(self) -> Proxy:
+        """What stands for the value in the invoke that is open."""
+        here = self._here
+        return self if here is self._recorder else here.localized(self)
+
+    @property
+    def _variants(self) -> tuple[object, ...]:
+        """`_metas`; to another invoke a value is that of the last trip of its block."""
+        return self._metas if self._here is self._recorder else self._metas[-1:]
 
     @property
     def value(self) -> Any:
@@ -99,8 +115,8 @@ class Proxy:
 
     def stop(self) -> None:
         """End the request here, once this value is known."""
-        self._recorder.use(self)
-        self._recorder.stop()
+        self._here.use(self)
+        self._here.stop()
 
     # -- what is known while recording -------------------------------------------------------------------------------
 
@@ -109,7 +125,7 @@ class Proxy:
         """Ints where the size is fixed, else a proxy of the size."""
         if self._is_done:
             return self.value.shape
-        sizes = [tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in self._metas]
+        sizes = [tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in self._variants]
         if any(size is None or len(size) != len(sizes[0] or ()) for size in sizes):
             return self._op("py.attr", getattr, "shape")
         dims = zip(*(size for size in sizes if size is not None), strict=True)
@@ -147,7 +163,7 @@ class Proxy:
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def _op(self, name: str, function: Callable[..., object], *args: object) -> Any:
-        return self._recorder.op(name, function, (self, *args), {})
+        return self._here.op(name, function, (self, *args), {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in {"_recorder", "_slot", "_node", "_metas", "_scope", "_item_of", "_maybe"}:
@@ -195,13 +211,15 @@ class Proxy:
         proxies = [value for value in _flat((args, kwargs)) if isinstance(value, Proxy)]
         if all(proxy._is_done for proxy in proxies):
             return func(*_unwrap(args), **_unwrap(kwargs))
-        return torch_op(proxies[0]._recorder, func, args, kwargs)
+        return torch_op(proxies[0]._here, func, args, kwargs)
 
     def __getitem__(self, index: object) -> Any:
         if self._is_done:
             return self.value[_unwrap(index)]
         if self._slot == "result":
             raise RefusedError(f"tracer.result is known after the run; {user_line()}")
+        if (local := self._local) is not self:
+            return local[index]
         item = self._op("py.getitem", operator.getitem, index)
         item._item_of = (self._node, self._recorder.encode(index))
         return item
@@ -210,7 +228,9 @@ class Proxy:
         if self._is_done:
             self.value[_unwrap(index)] = _unwrap(value)
             return
-        if not self._is_own_item(index, value):
+        if (local := self._local) is not self:
+            local[index] = value
+        elif not self._is_own_item(index, value):
             self._op("py.setitem", _setitem, index, value)
 
     def _is_own_item(self, index: object, value: object) -> bool:
@@ -240,7 +260,7 @@ class Proxy:
         return length
 
     def _length(self) -> int | None:
-        sizes = {_static_length(value) for value in self._metas}
+        sizes = {_static_length(value) for value in self._variants}
         return sizes.pop() if len(sizes) == 1 else None
 
     def __bool__(self) -> bool:
@@ -278,7 +298,7 @@ class Proxy:
             return python(*whole) if python else getattr(ufunc, method)(*whole, **_unwrap(kwargs))
         if python is None:
             raise RefusedError(f"numpy's {ufunc.__name__} can't be recorded, torch's functions can; {user_line()}")
-        return self._recorder.op(f"py.{name}", python, inputs, {})
+        return self._here.op(f"py.{name}", python, inputs, {})
 
     def __round__(self, digits: int | None = None) -> Any:
         return _round(self.value, digits) if self._is_done else self._op("py.round", _round, digits)
@@ -333,7 +353,7 @@ class _Method:
         if self.op == "tensor.to" and _is_move(args, kwargs):
             return self.proxy
         args, kwargs = _without_device(args, kwargs)
-        return self.proxy._recorder.op(self.op, _method(self.name), (self.proxy, *args), kwargs)
+        return self.proxy._here.op(self.op, _method(self.name), (self.proxy, *args), kwargs)
 
 
 def proxies_in(value: object) -> Iterator[Proxy]:
@@ -485,7 +505,7 @@ def _binary(name: str, function: Callable[[Any, Any], Any], reflected: bool) -> 
         mine, theirs = (other, self) if reflected else (self, other)
         if self._is_done:
             return function(_unwrap(mine), _unwrap(theirs))
-        return self._recorder.op(name, function, (mine, theirs), {})
+        return self._here.op(name, function, (mine, theirs), {})
 
     return run
 
@@ -495,15 +515,15 @@ def _inplace(name: str, function: Callable[[Any, Any], Any]) -> Callable[[Proxy,
         if self._is_done:
             return function(self.value, _unwrap(other))
         if isinstance(self._metas[0], int | float | bool | str | tuple):
-            return self._recorder.op(name.replace("py.i", "py."), function, (self, other), {})
-        return self._recorder.op(name, function, (self, other), {})
+            return self._here.op(name.replace("py.i", "py."), function, (self, other), {})
+        return self._here.op(name, function, (self, other), {})
 
     return run
 
 
 def _unary(name: str, function: Callable[[Any], Any]) -> Callable[[Proxy], Any]:
     def run(self: Proxy) -> Any:
-        return function(self.value) if self._is_done else self._recorder.op(name, function, (self,), {})
+        return function(self.value) if self._is_done else self._here.op(name, function, (self,), {})
 
     return run
 

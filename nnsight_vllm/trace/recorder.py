@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nnsight_vllm.errors import ControlFlowError, RecordError, RefusedError, ScopeError
 from nnsight_vllm.graph.nodes import Arg, Block, Call, Const, Graph, Log, Node, Op, Ref, Save, Stop
-from nnsight_vllm.graph.ops import OPS, is_inplace
+from nnsight_vllm.graph.ops import OPS, changes_container, is_inplace
 from nnsight_vllm.trace import meta
+from nnsight_vllm.trace.active import is_recording
+from nnsight_vllm.trace.bundle import Bundle, Exchange
 from nnsight_vllm.trace.encode import Constants, Encoder, resolve
 from nnsight_vllm.trace.flow import Flow
 from nnsight_vllm.trace.places import Places, refuse_complex
@@ -30,13 +32,26 @@ from nnsight_vllm.trace.tree import Tree
 class Recorder:
     """Records one request's program. `rows` is the number of the prompt's tokens, `max_tokens` the run's length; None: unknown.
 
-    `cached`: names of the sites whose values are collected besides; `num_samples`: how many the run had.
+    `cached`: names of the sites whose values are collected besides. `num_samples`: how often the program runs. `number`: its own
+    in the bundle of recorders whose values may meet.
     """
 
-    def __init__(self, tree: Tree, constants: Constants, rows: int | None, max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        constants: Constants,
+        rows: int | None,
+        max_tokens: int | None,
+        bundle: Bundle | None = None,
+        num_samples: int = 1,
+    ) -> None:
         self.tree = tree
+        self.bundle = bundle or Bundle()
+        self.number = self.bundle.add(self)
+        self.num_samples = num_samples
+        self.exchange = Exchange()
         self.max_tokens = max_tokens
-        self.scope = Scope("body", None, user_line())
+        self.scope = self.body = Scope("body", None, user_line())
         self.lines: dict[int, Line] = {}
         self.values: dict[str, object] = {}
         self.state: Literal["recording", "closed", "done", "failed"] = "recording"
@@ -46,7 +61,6 @@ class Recorder:
         self.used: set[int] = set()
         self.replaced: dict[int, Arg] = {}
         self.cached: set[str] = set()
-        self.num_samples = 1
         self.places = Places(self, rows, max_tokens)
         self.flow = Flow(self)
         self._encoder = Encoder(self, constants)
@@ -78,7 +92,8 @@ class Recorder:
     def use(self, proxy: Proxy) -> Arg:
         """A reference to the proxy's value. Raises `ScopeError` if no path leads from it to here."""
         if proxy._recorder is not self:
-            raise RefusedError(f"a value of another invoke can't be used here; {user_line()}")
+            self.require_recording()
+            proxy = self.bundle.borrow(proxy, self)
         if proxy._scope is None or proxy._node is None:
             raise RefusedError(f"tracer.result is known after the run, it can't be computed with; {user_line()}")
         if not proxy._scope.is_visible():
@@ -87,12 +102,38 @@ class Recorder:
         self.used.add(proxy._node)
         return self.replaced.get(proxy._node, Ref(proxy._node))
 
+    def has_used(self, proxy: Proxy) -> bool:
+        """Whether the value, or what stands here for it, was used since `used` was emptied."""
+        if proxy._recorder is not self and proxy._node is not None:
+            proxy = self.exchange.borrowed.get((proxy._recorder.number, proxy._node), proxy)
+        return proxy._recorder is self and proxy._node in self.used
+
+    def localized(self, value: Any) -> Any:
+        """The argument with what stands here for values of other invokes; those that are known by now are themselves."""
+        match value:
+            case Proxy() if value._recorder is self:
+                return value
+            case Proxy():
+                return value.value if value._is_done else self.bundle.borrow(value, self)
+            case slice():
+                return slice(*map(self.localized, (value.start, value.stop, value.step)))
+            case tuple() | list() if any(True for _ in proxies_in(value)):
+                return (tuple if isinstance(value, tuple) else list)(map(self.localized, value))
+            case dict():
+                return {key: self.localized(item) for key, item in value.items()}
+            case _:
+                return value
+
     def op(
         self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Proxy:
         """Record one operation. `function` is its local twin, run on meta tensors for shapes and aliasing."""
         if name not in OPS:
             raise RefusedError(f"{name} isn't an operation that a graph can hold; {user_line()}")
+        used = list(proxies_in((args, kwargs)))
+        if any(proxy._recorder is not self for proxy in used):
+            args, kwargs = self.localized(args), self.localized(kwargs)
+            used = list(proxies_in((args, kwargs)))
         encoded = [self.encode(arg) for arg in args]
         encoded_kwargs = {key: self.encode(value) for key, value in kwargs.items()}
         target = _target(name, function, args, kwargs)
@@ -100,9 +141,13 @@ class Recorder:
         if target is not None:
             for arg in args[1:]:
                 refuse_complex(resolve(arg, 0), target._metas[0])
-        count = max([1, *(len(proxy._metas) for proxy in proxies_in((args, kwargs)))])
+        count = max([1, *(len(proxy._metas) for proxy in used)])
         metas = tuple(self._meta(name, function, args, kwargs, i) for i in range(count))
         id = self.new_id()
+        if target is not None:
+            self.exchange.note_change(id, target, False)
+        elif changes_container(name) and args and isinstance(args[0], Proxy):
+            self.exchange.note_change(id, args[0], True)
         self.add(Op(id, name, encoded, encoded_kwargs, writes))
         if target is not None and not isinstance(target._metas[0], meta.Unknown):
             return target
@@ -117,6 +162,7 @@ class Recorder:
         info = self.tree.module(module)
         if info.refuse_call:
             raise RefusedError(f"{module or 'the model'} can't be called: {info.refuse_call}; {user_line()}")
+        value = self.localized(value)
         encoded = self.encode(value)
         count = len(value._metas) if isinstance(value, Proxy) else 1
         metas = tuple(
@@ -130,11 +176,16 @@ class Recorder:
         """Send the proxy's value home, as it is here. Returns the name it comes home under."""
         if proxy._slot == "result":
             return "result"
-        value = self.use(proxy)
-        name = f"s{self._slots}"
-        self._slots += 1
+        if proxy._recorder is not self:
+            return self.bundle.save_late(proxy)
+        value, name = self.use(proxy), self.new_slot()
         self.add(Save(self.new_id(), name, value))
         return name
+
+    def new_slot(self) -> str:
+        """A name for something that is saved."""
+        self._slots += 1
+        return f"s{self._slots - 1}"
 
     def log(self, args: tuple[object, ...]) -> None:
         """Print the arguments at home, with their values."""
@@ -151,10 +202,11 @@ class Recorder:
             raise self.pending
         if self.scope.kind != "body":
             raise ControlFlowError(f"the {self.scope.kind} block at {self.scope.line} was never closed")
-        return Graph(Block(list(self.scope.nodes)))
+        return Graph(Block(self.exchange.with_late(self.scope.nodes)))
 
     def require_recording(self) -> None:
-        if self.state != "recording":
+        goes_on = self.state == "closed" and self.bundle.goes_on and not is_recording()
+        if self.state != "recording" and not goes_on:
             raise RefusedError(
                 f"this invoke is already recorded; nothing can be added to it, and {self.unset}; {user_line()}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from importlib.util import find_spec
+from itertools import islice
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nnsight_vllm.graph.wire import encode, to_json
 from nnsight_vllm.trace import active, garbage
 from nnsight_vllm.trace.backend import Backend, Outcome, Prompt, Request
 from nnsight_vllm.trace.block import Body, SkipBody, prepare
+from nnsight_vllm.trace.bundle import Bundle
 from nnsight_vllm.trace.cache import Cache, cached_sites, collecting_graph
 from nnsight_vllm.trace.cond import CondBlock
 from nnsight_vllm.trace.deliver import deliver
@@ -26,6 +28,7 @@ from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.iterations import IterationBlock, Iterations
 from nnsight_vllm.trace.proxy import Proxy
 from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.session import session_of
 from nnsight_vllm.trace.source import user_frame, user_line
 
 if TYPE_CHECKING:
@@ -65,13 +68,22 @@ class Invoke(Recording):
         self.prompt: Prompt = backend.prompt(inputs)
         self.edits: tuple[Edit, ...] = tracer.standing.chosen(arguments.get("edits", ()))
         self.sampling = backend.sampling({name: value for name, value in arguments.items() if name != "edits"})
-        self.recorder = Recorder(backend.tree, tracer.constants, self.prompt.rows, self.sampling.max_tokens)
+        self.recorder = Recorder(
+            backend.tree,
+            tracer.constants,
+            self.prompt.rows,
+            self.sampling.max_tokens,
+            tracer.bundle,
+            self.sampling.n,
+        )
         tracer.recorders.append(self.recorder)
         self.graph: Graph | None = None
 
     def __enter__(self) -> Invoke:
         active.push(self.recorder)
         try:
+            if self.recorder.state == "closed":  # entered once more: the recording goes on
+                self.recorder.state = "recording"
             self._enter_block()
         except BaseException:
             active.pop()
@@ -91,11 +103,17 @@ class Invoke(Recording):
 
     def finish(self) -> None:
         """Close the recording and add it to the trace."""
-        self.graph = self.recorder.graph()
+        self.close()
         self.recorder.state = "closed"
-        check(self.graph, self.tracer.backend.tree.catalogue)
-        self.tracer.backend.admit(self.request(), self.tensors)
         self.tracer.add(self)
+
+    def close(self) -> None:
+        """Take what is recorded as the request's graph. Invokes recorded later may have added to it since."""
+        graph = self.recorder.graph()
+        if graph != self.graph:
+            check(graph, self.tracer.backend.tree.catalogue)
+            self.graph = graph
+            self.tracer.backend.admit(self.request(), self.tensors)
 
     @property
     def tensors(self) -> dict[str, bytes]:
@@ -110,7 +128,8 @@ class Invoke(Recording):
         own = encode(self.graph) if self.graph.body.nodes else None
         constants = constants_of(self.graph.body).union(*(edit.tensors for edit in self.edits))
         edits = tuple(edit.graph for edit in self.edits)
-        return Request(self.prompt, self.sampling, own, constants, edits, self._collecting())
+        links = self.recorder.exchange.links(len(edits))
+        return Request(self.prompt, self.sampling, own, constants, edits, self._collecting(), links)
 
     def _collecting(self) -> tuple[bytes, ...]:
         cached = self.recorder.cached
@@ -125,9 +144,18 @@ class Invoke(Recording):
             edit = self.edits[failure.program]
             named = "" if edit.name is None else f", in the edit {edit.name!r}"
             return f"{edit.lines.get(failure.node, edit.line)}{named}"
-        has_own = self.graph is not None and bool(self.graph.body.nodes)
-        is_own = has_own and failure.program == len(self.edits)
+        is_own = self._is_own(failure)
         return str(self.recorder.lines[failure.node]) if is_own and failure.node in self.recorder.lines else ""
+
+    def source_of(self, failure: Failure) -> str:
+        """Where another invoke recorded the value that failed this one, empty if it was none."""
+        is_own = failure.node is not None and self._is_own(failure)
+        source = self.recorder.exchange.sources.get(failure.node) if is_own and failure.node is not None else None
+        return "" if source is None else str(source)
+
+    def _is_own(self, failure: Failure) -> bool:
+        has_own = self.graph is not None and bool(self.graph.body.nodes)
+        return has_own and failure.program == len(self.edits)
 
 
 class Tracer(Recording):
@@ -148,7 +176,9 @@ class Tracer(Recording):
         known = standing or Standing(NamedEdits())
         self.standing = Standing(known.named, known.require())  # as they are now
         self._runs = runs
+        self._session = session_of(backend) if runs else None
         self.constants = Constants()
+        self.bundle = Bundle() if self._session is None else self._session.bundle
         self.invokes: list[Invoke] = []
         self.recorders: list[Recorder] = []
         self.logs: list[str] = []
@@ -161,8 +191,9 @@ class Tracer(Recording):
     def __enter__(self) -> Self:
         if _HAS_EINOPS:
             import nnsight_vllm.trace.einops_backend  # noqa: F401  (einops finds the backend by itself)
+        self.line = user_line()
         if active.is_recording():
-            raise RefusedError(f"a trace can't be opened inside another one; {user_line()}")
+            raise RefusedError(f"a trace can't be opened inside another one; {self.line}")
         if self._only is not None:
             active.push(self._only.recorder)
         try:
@@ -175,11 +206,18 @@ class Tracer(Recording):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        is_over = False
         try:
-            return self._close(kind)
+            is_over = self._close(kind)
+            return is_over
         finally:
-            if self._runs or kind is not None:
-                self._fail_recorders()
+            if not (is_over and self._session is not None) and (self._runs or kind is not None):
+                self.fail_recorders()
+
+    @property
+    def frame(self) -> FrameType:
+        """Where the block stands."""
+        return self._frame
 
     def _close(self, kind: type[BaseException] | None) -> bool:
         try:
@@ -190,8 +228,12 @@ class Tracer(Recording):
                     self._only.finish()
         finally:
             self._pop()
-        if self._runs:
-            self._run()
+        if self._session is not None:
+            self._session.tracers.append(self)
+        elif self._runs:
+            errors = run_all(self.backend, [self])
+            deliver(self._frame)
+            raise_all(errors, "of the trace")
         return True
 
     def _pop(self) -> None:
@@ -199,12 +241,15 @@ class Tracer(Recording):
             active.pop()
 
     def add(self, invoke: Invoke) -> None:
-        """Take an invoke whose block is over."""
-        self.invokes.append(invoke)
+        """Take an invoke whose block is over; one that was entered again is there already."""
+        if invoke not in self.invokes:
+            self.invokes.append(invoke)
 
-    def _run(self) -> None:
-        requests = [invoke.request() for invoke in self.invokes]
-        self._finish(self.backend.run(requests, self.tensors) if requests else [])
+    def requests(self) -> list[Request]:
+        """What is to run, now that no invoke adds to another's graph any more."""
+        for invoke in self.invokes:
+            invoke.close()
+        return [invoke.request() for invoke in self.invokes]
 
     @property
     def tensors(self) -> dict[str, bytes]:
@@ -212,19 +257,12 @@ class Tracer(Recording):
         edits = {edit for invoke in self.invokes for edit in invoke.edits}
         return self.constants.data | {digest: data for edit in edits for digest, data in edit.tensors.items()}
 
-    def _finish(self, outcomes: list[Outcome]) -> None:
-        errors = [
-            error
-            for invoke, outcome in zip(self.invokes, outcomes, strict=True)
-            for error in self._settle(invoke, outcome)
-        ]
-        deliver(self._frame)
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise ExceptionGroup(f"{len(errors)} requests of the trace failed", errors)
+    def settle(self, outcomes: list[Outcome], name: str = "") -> list[InterventionError]:
+        """Give all proxies their values. Returns what failed; `name` says of which trace it is."""
+        pairs = zip(self.invokes, outcomes, strict=True)
+        return [error for invoke, outcome in pairs for error in self._settle(invoke, outcome, name)]
 
-    def _settle(self, invoke: Invoke, outcome: Outcome) -> list[InterventionError]:
+    def _settle(self, invoke: Invoke, outcome: Outcome, name: str) -> list[InterventionError]:
         """Give the invoke's proxies their values. Returns what failed."""
         values, samples = invoke.recorder.values, outcome.samples
         values["result"] = outcome.result
@@ -238,9 +276,9 @@ class Tracer(Recording):
             self.logs.append(line)
             print(line)
         failures = [sample.failure for sample in samples if sample.failure is not None]
-        return [error_of(invoke.line_of(failure), failure) for failure in failures]
+        return [error_of(invoke.line_of(failure), failure, invoke.source_of(failure), name) for failure in failures]
 
-    def _fail_recorders(self) -> None:
+    def fail_recorders(self) -> None:
         """Those that didn't get values won't get any."""
         for recorder in self.recorders:
             if recorder.state != "done":
@@ -332,7 +370,27 @@ class GraphView:
         return to_json(self.nodes)
 
 
-def error_of(line: str, failure: Failure) -> InterventionError:
+def run_all(backend: Backend, tracers: list[Tracer], names: bool = False) -> list[InterventionError]:
+    """Run the traces' requests together and give their proxies their values. Returns what failed, with `names` by its trace."""
+    requests = [tracer.requests() for tracer in tracers]
+    tensors = {digest: data for tracer in tracers for digest, data in tracer.tensors.items()}
+    together = [request for one in requests for request in one]
+    outcomes = iter(backend.run(together, tensors) if together else [])
+    errors = []
+    for i, (tracer, own) in enumerate(zip(tracers, requests, strict=True), 1):
+        name = f"trace {i} of the session ({tracer.line}): " if names else ""
+        errors += tracer.settle(list(islice(outcomes, len(own))), name)
+    return errors
+
+
+def raise_all(errors: list[InterventionError], of_what: str) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} requests {of_what} failed", errors)
+
+
+def error_of(line: str, failure: Failure, source: str = "", name: str = "") -> InterventionError:
     """A failure as the error that its user sees, with the line."""
     kind: type[NNsightError] = PreemptedError if failure.kind == "PreemptedError" else InterventionError
     what = (
@@ -340,6 +398,7 @@ def error_of(line: str, failure: Failure) -> InterventionError:
         if failure.kind in {"PreemptedError", "InterventionError"}
         else f"{failure.kind}: {failure.message}"
     )
-    error: Any = kind(f"{what}; {line}" if line else what)
+    came = f", of a value recorded at {source}" if source else ""
+    error: Any = kind(f"{name}{what}{came}; {line}" if line else f"{name}{what}")
     error.retryable = failure.retryable
     return error  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import torch
 
 import nnsight_vllm as nv
 from nnsight_vllm.engine.flight import Flight
-from nnsight_vllm.errors import AdmissionError, EngineSettingError, InterventionError, ValueNotSetError
+from nnsight_vllm.errors import AdmissionError, EngineSettingError, InterventionError, RefusedError, ValueNotSetError
 from nnsight_vllm.trace.stream import ended
 
 if TYPE_CHECKING:
@@ -431,6 +431,39 @@ def test_an_evicted_request_starts_again_and_says_so(model: VLLM) -> None:
             assert_close(torch.stack(values), torch.stack(alone))
 
     asyncio.run(main())
+
+
+def test_values_pass_between_the_invokes_of_a_trace_and_evicted_ones_get_them_again(model: VLLM) -> None:
+    before = model.stats()
+    layers = model.model.layers
+
+    async def main() -> None:
+        with model.trace(max_tokens=60, **GREEDY) as tracer:
+            with tracer.invoke(prompt(0, 40)):
+                vector = layers[0].output[0][-1]
+                saved = vector.save()
+            answers = []
+            for number in range(1, NUM_SEATS):
+                with tracer.invoke(prompt(number, 40)):
+                    with tracer.iter[2:]:
+                        layers[1].output[0][-1] += 0.1 * vector
+                    answers.append(tracer.result.save())
+        num_restarts = 0
+        async for event in tracer.stream():
+            num_restarts += event.restarted
+        assert model.stats().restarted - before.restarted == num_restarts > 0
+        for number, answer in enumerate(answers, 1):
+            with model.trace(prompt(number, 40), max_tokens=60, **GREEDY) as tracer:
+                with tracer.iter[2:]:
+                    layers[1].output[0][-1] += 0.1 * saved
+                expected = tracer.result.save()
+            await tracer
+            assert answer.token_ids == expected.token_ids
+
+    asyncio.run(main())
+    assert model.stats().num_kept == 0
+    with pytest.raises(RefusedError, match="make its traces invokes of one trace"):
+        model.session()
 
 
 # -- leaving -------------------------------------------------------------------------------------------------------------

@@ -248,3 +248,51 @@ def test_evicted_requests_run_again_with_all_their_edits_and_caches(model: VLLM)
         assert tokens == alone_tokens and len(values) == len(alone) == NUM_TOKENS
         torch.testing.assert_close(values, alone, rtol=0, atol=TOLERANCE * _largest(alone))
     model.check_integrity()
+
+
+def test_evicted_requests_that_use_others_values_start_again_with_them(model: VLLM) -> None:
+    before = model.stats().restarted
+    answers = []
+    with model.trace(**SAMPLING) as tracer:
+        with tracer.invoke(prompts()[0]):
+            vector = model.model.layers[0].output[0][-1]
+            saved = vector.save()
+            answers.append(tracer.result.save())
+        for prompt in prompts()[1:]:
+            with tracer.invoke(prompt):
+                with tracer.iter[2:]:
+                    model.model.layers[1].output[0][-1] += 0.1 * vector
+                answers.append(tracer.result.save())
+    assert model.stats().restarted > before
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        with model.trace(prompt, **SAMPLING) as tracer:
+            if prompt != prompts()[0]:
+                with tracer.iter[2:]:
+                    model.model.layers[1].output[0][-1] += 0.1 * saved
+            expected = tracer.result.save()
+        assert answer.token_ids == expected.token_ids
+    model.check_integrity()
+    assert model.stats().num_kept == 0
+
+
+def test_held_requests_that_take_all_seats_make_room_for_the_one_they_wait_for(model: VLLM) -> None:
+    """Four seats, and the fifth needs a value of each of the four: one of them has to go, however often it's tried."""
+    layers = model.model.layers
+    results = []
+    with pytest.raises(PreemptedError), model.trace(temperature=0.0, max_tokens=4, ignore_eos=True) as tracer:
+        four = [tracer.invoke(prompt[:20]) for prompt in prompts()]
+        fifth = tracer.invoke(prompts()[0][:10])
+        rows = []
+        for one in four:
+            with one:
+                rows.append(layers[0].output[0][-1])
+        with fifth:
+            layers[0].output[0][-1] = sum(rows)
+            answer = layers[1].output[0][-1]
+            results.append(tracer.result.save())
+        for one in four:
+            with one, tracer.iter[1]:
+                layers[0].output[0][-1] += answer
+                results.append(tracer.result.save())
+    assert [len(result.value.token_ids) for result in results].count(4) == 4
+    model.check_integrity()

@@ -20,7 +20,9 @@ from nnsight_vllm.graph.nodes import (
     Dict,
     Dots,
     Dtype,
+    Export,
     Graph,
+    Import,
     Iterations,
     List,
     Log,
@@ -38,7 +40,7 @@ from nnsight_vllm.graph.nodes import (
 )
 from nnsight_vllm.graph.ops import OPS, RANDOM, is_inplace
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.graph.walk import constants_of, nodes_of, sites_written
+from nnsight_vllm.graph.walk import constants_of, iteration_after, nodes_of, sites_written
 from nnsight_vllm.graph.wire import decode, encode, from_json, to_json
 
 MLP = "model.layers.0.mlp.output"
@@ -219,3 +221,55 @@ def test_graphs_need_neither_torch_nor_vllm() -> None:
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ACROSS = Graph(
+    Block(
+        [
+            Import(0, "0.1", 1),
+            Read(1, MLP, 1),
+            Op(2, "py.add", [Ref(0), Ref(1)]),
+            Export(3, "1.0", Ref(2)),
+        ]
+    )
+)
+
+
+def test_values_of_other_requests_print_travel_and_pass_the_check() -> None:
+    check(ACROSS, catalogue())
+    assert decode(encode(ACROSS)) == from_json(to_json(ACROSS)) == ACROSS
+    assert render(ACROSS).splitlines() == [
+        "%0 = import 0.1 @1",
+        f"%1 = read {MLP} @1",
+        "%2 = py.add(%0, %1)",
+        "export 1.0 = %2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([Iterations(0, 0, 2, 1, 1, Block([Import(2, "k", 0)]))], "node 2: an import stands at the top level"),
+        ([Cond(0, True, Block([Export(1, "k", 5)]), Block([]))], "node 1: an export stands at the top level"),
+        ([Import(0, "", 0)], "1 to 64 characters, got 0"),
+        ([Export(0, "k" * 65, 1)], "1 to 64 characters, got 65"),
+        ([Import(0, "k", -1)], "count from 0, got -1"),
+        ([Export(0, "k", Ref(7))], "value 7 isn't defined"),
+        ([Iterations(0, 0, None, 1, 1, Block([])), Import(2, "k", 3)], "after an unbounded iteration block"),
+        ([Import(0, "k", 2), Read(1, MLP, 1)], "at iteration 1 has passed"),
+    ],
+)
+def test_what_passes_between_requests_has_its_place(nodes: list[Node], message: str) -> None:
+    with pytest.raises((GraphError, OutOfOrderError), match=message):
+        check(Graph(Block(nodes)), catalogue())
+
+
+def test_where_a_program_stands_behind_its_nodes() -> None:
+    nodes: list[Node] = [
+        Read(0, MLP, 0),
+        Op(1, "py.add", [Ref(0), 1]),
+        Iterations(2, 1, 6, 2, 3, Block([Read(4, MLP, None)])),
+        Op(5, "py.add", [Ref(4), 1]),
+        Iterations(6, 7, None, 1, 7, Block([])),
+    ]
+    assert [iteration_after(nodes[:i]) for i in range(6)] == [0, 0, 0, 5, 5, None]

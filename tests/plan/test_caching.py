@@ -389,3 +389,29 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
 def test_tensors_that_are_none_share_nothing() -> None:
     graph = encode(Graph(Block([Const(1, "0" * 64)])))
     assert known_by(catalogue())(graph, {"0" * 64: b"not a tensor"}, 4).caching == Caching(Salt.UNIQUE, 0)
+
+
+def test_rows_edited_by_a_value_of_another_request_are_nobodys() -> None:
+    model = FakeModel()
+    with model.trace(max_tokens=4) as tracer:
+        with tracer.invoke("a b c d"):
+            h = model.model.layers[0].output[0][-1]
+        with tracer.invoke("a b c d"):
+            model.model.layers[0].output[0][:] += h
+        with tracer.invoke("a b c d"):
+            _iadd(model.logits.output, h.sum())
+    graphs = [request.graph for request in model.__dict__["backend"].requests]
+    caching = [known_by(catalogue())(graph, tracer.constants.data, 4).caching for graph in graphs]
+    assert [(one.salt, one.most) for one in caching] == [(Salt.NONE, None), (Salt.UNIQUE, 0), (Salt.NONE, None)]
+
+
+def test_rows_before_those_that_others_values_change_stay_plain() -> None:
+    model = FakeModel()
+    with model.trace(max_tokens=4) as tracer:
+        with tracer.invoke("a b c d"):
+            h = model.model.layers[0].output[0][-1]
+        with tracer.invoke("a b c d"):
+            model.model.layers[0].output[0][-1] = h
+    graph = model.__dict__["backend"].requests[1].graph
+    caching = known_by(catalogue())(graph, tracer.constants.data, 4).caching
+    assert (caching.salt, caching.first) == (Salt.UNIQUE, 3)

@@ -5,7 +5,9 @@ from nnsight_vllm.graph.nodes import (
     Block,
     Cond,
     Const,
+    Export,
     Graph,
+    Import,
     Iterations,
     Loop,
     Node,
@@ -190,3 +192,38 @@ def test_run_instructions_hold_the_nodes_themselves() -> None:
     node = Read(0, "a", 0)
     program = compile_graph(Graph(Block([node])))
     assert program.code[1] == Run(node, (0,))
+
+
+def test_a_value_of_another_request_is_waited_for_only_where_its_iteration_may_not_have_begun() -> None:
+    program = text(
+        Import(0, "k", 0),
+        Read(1, "a", 1),
+        Import(2, "l", 1),
+        Op(3, "py.add", [Ref(2), Ref(1)]),
+        Import(4, "m", 2),
+        Op(5, "py.add", [Ref(3), Ref(4)]),
+        Export(6, "n", Ref(5)),
+    )
+    assert program == "\n".join(
+        [
+            " 0  at the iteration @0",
+            " 1  %0 = import k @0  | free %0",
+            " 2  at a @1",
+            " 3  %1 = read a @1",
+            " 4  %2 = import l @1",
+            " 5  %3 = py.add(%2, %1)  | free %1 %2",
+            " 6  at the iteration @2",
+            " 7  %4 = import m @2",
+            " 8  %5 = py.add(%3, %4)  | free %3 %4",
+            " 9  export n = %5  | free %5",
+            "10  end",
+        ]
+    )
+
+
+def test_a_site_that_is_edited_again_behind_an_import_is_no_visit() -> None:
+    edit = Op(1, "tensor.zero_", [Ref(0)], writes="a")
+    again = Op(5, "tensor.zero_", [Ref(4)], writes="a")
+    alone = compile_graph(Graph(Block([Read(0, "a", 0), edit])))
+    behind = compile_graph(Graph(Block([Read(0, "a", 0), edit, Import(3, "k", 0), Read(4, "a", 0), again])))
+    assert alone.visits and not behind.visits

@@ -414,15 +414,6 @@ def test_sites_outside_of_a_trace_and_traces_inside_of_traces_are_refused() -> N
         model.model.layers[0].output.save()
 
 
-def test_a_value_of_another_invoke_is_refused() -> None:
-    model = FakeModel()
-    with pytest.raises(RefusedError, match="another invoke"), model.trace() as tracer:
-        with tracer.invoke(PROMPT):
-            h = model.model.layers[0].output[0]
-        with tracer.invoke(PROMPT):
-            model.model.layers[0].output[0][:] = h
-
-
 def test_the_tree_prints_with_equal_blocks_told_once() -> None:
     text = repr(FakeModel())
     assert text.count("Block") == 1
