@@ -96,7 +96,7 @@ class GroupInterpreter:
         self._orders = orders
         self._calls = calls
         self._alone = alone
-        self._has_kernels = (
+        self.has_kernels = (
             choose(alone.device) == "triton"
         )  # of the frequent edits, else torch's own operations are faster
         self.counts = Counts()
@@ -553,14 +553,14 @@ class GroupInterpreter:
         if sign is not None and len(args) == 2 and not node.kwargs and (part := place.addend()) is not None:
             value = args[1]
             is_plain = target.pick is None and not target.columns and target.own is None
-            is_plain = is_plain and not self._has_kernels
+            is_plain = is_plain and not self.has_kernels
             if is_plain and place.ragged.is_single and isinstance(value, Each) and value.tensor.shape == part.shape:
                 part.add_(value.tensor, alpha=sign)
                 place.put_addend(part)
                 return target
             view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
             operation = torch.Tensor.add_ if sign > 0 else torch.Tensor.sub_
-            if not by_table(group, node, view, self._has_kernels):
+            if not by_table(group, node, view, self.has_kernels):
                 in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
             place.put_addend(part)
         else:
@@ -568,7 +568,7 @@ class GroupInterpreter:
         return target
 
     def _apply(self, group: Group, node: Op, target: Lane, args: list[Lane]) -> None:
-        if by_table(group, node, target, self._has_kernels):
+        if by_table(group, node, target, self.has_kernels):
             return
         kwargs = {key: self.lane(group, value) for key, value in node.kwargs.items()}
         if node.name == "py.setitem":

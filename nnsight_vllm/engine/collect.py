@@ -34,6 +34,9 @@ from nnsight_vllm.graph.results import (
 from nnsight_vllm.graph.wire import decode_deltas, decode_saved
 from nnsight_vllm.trace.backend import Sample
 
+READ_AT_ONCE = 16
+"""Sheets of one sample. Together they cost less than one by one; not all at the end, since now the engine is busy and we are not."""
+
 
 @dataclass
 class Fresh:
@@ -70,6 +73,8 @@ class Collected:
             self._save(saved)
         if delta.sheet is not None:
             self._sheets.append(delta.sheet)
+            if len(self._sheets) >= READ_AT_ONCE:
+                self.read_sheets()
         self.sample.logs += delta.logs
         if self.fresh is not None:
             self.fresh.logs += delta.logs
@@ -80,7 +85,7 @@ class Collected:
         """Turn the sheets that came into values. Many steps' sheets are alike, and are read together."""
         sheets, self._sheets = self._sheets, []
         for header, alike in itertools.groupby(sheets, key=lambda sheet: bytes(sheet.saved)):
-            for name, append, values in _columns(decode_saved(Raw(header)), [sheet.data for sheet in alike]):
+            for name, append, values in _columns(_decoded(header), [sheet.data for sheet in alike]):
                 if append:
                     self._grow(name, values)
                 else:
@@ -195,6 +200,11 @@ def public_id(state: Any) -> str:
     """The id that whoever sent a request gave it; its samples share it."""
     parent = state.parent_req
     return str(parent.external_req_id if parent is not None else state.external_req_id)
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(header: bytes) -> list[Saved]:
+    return decode_saved(Raw(header))
 
 
 def _columns(saved: list[Saved], data: list[memoryview]) -> Iterator[tuple[str, bool, list[object]]]:

@@ -35,6 +35,7 @@ from nnsight_vllm.engine.progress import Progress
 from nnsight_vllm.engine.requests import START, Arrival, Request, Status, Step, interrupted, requests_of
 from nnsight_vllm.engine.results import Outbox
 from nnsight_vllm.engine.sheet import GroupSheet
+from nnsight_vllm.engine.shortcuts import did_all
 from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.tables import Tables
@@ -42,7 +43,9 @@ from nnsight_vllm.engine.taps import Handler, Tensors
 from nnsight_vllm.engine.visits import Visits, due
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Stats
+from nnsight_vllm.plan.edits import Visit
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
+from nnsight_vllm.plan.takes import Take
 from nnsight_vllm.plan.template import parameter_of
 
 Unit = Request | Group
@@ -420,9 +423,12 @@ class Executor:
     def _arrive_together(self, group: Group, tensors: Tensors) -> None:
         name = group.site
         assert name is not None and self._step is not None
+        site, layout = self._table.sites[name], group.layout(self._step, self._is_at_logits)
+        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels)) is not None:
+            self._pass(group, done)
+            return
         group.order = self._table.orders[name]
-        layout = group.layout(self._step, self._is_at_logits)
-        group.place = GroupPlace(name, self._table.sites[name], tensors, layout, partial(self._grouped.blame, group))
+        group.place = GroupPlace(name, site, tensors, layout, partial(self._grouped.blame, group))
 
     def _visit(self, units: list[Unit], tensors: Tensors) -> dict[int, BaseException | None]:
         """Have those that do nothing but edit rows at their site do it together. Returns them by `id`, and what went wrong."""
@@ -449,12 +455,14 @@ class Executor:
         """The unit did at its site all that it does there."""
         if error is not None:
             raise error
-        visit = unit.program.visits[unit.pc]
-        unit.order = self._table.orders[visit.site]
-        unit.pc = visit.stop
-        for id in visit.free:
+        self._pass(unit, unit.program.visits[unit.pc])
+
+    def _pass(self, unit: Unit, done: Visit | Take) -> None:
+        """Go on behind what was done of the unit's program."""
+        unit.order, unit.pc, unit.place = self._table.orders[done.site], done.stop, None
+        for id in done.free:
             unit.env.pop(id, None)
-        self._grouped.counts.batched += len(visit.edits) * (len(unit) if isinstance(unit, Group) else 1)
+        self._grouped.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)
 
     def _run_alone(self, request: Request, arrive: Callable[[], None]) -> None:
         def run() -> None:

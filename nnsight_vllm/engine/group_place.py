@@ -6,8 +6,10 @@ engine's rows between them are read too and written back as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,27 @@ class Layout:
         self.cover = slice(first, last)
         in_order = bool((starts[1:] == starts[:-1] + ragged.counts[:-1]).all())
         self.index = None if in_order else torch.from_numpy(ranges(starts - first, ragged.counts))
+        self._rows_at: dict[int, Tensor | None] = {}
+
+    @functools.cached_property
+    def all_rows(self) -> Tensor:
+        """The rows of all requests, among those of `cover`."""
+        return torch.arange(self.ragged.total) if self.index is None else self.index
+
+    def rows_at(self, number: int) -> Tensor | None:
+        """Row `number` of each request, among those of `cover`. None: some request has no such row."""
+        if number not in self._rows_at:
+            counts = self.ragged.counts
+            own = np.full(len(counts), number) if number >= 0 else counts + number
+            is_there = bool(((own >= 0) & (own < counts)).all())
+            rows = self.starts - self.cover.start + own
+            is_all = is_there and self.index is None and self.ragged.is_single
+            self._rows_at[number] = self.all_rows if is_all else torch.from_numpy(rows) if is_there else None
+        return self._rows_at[number]
+
+    def is_cover(self, rows: Tensor) -> bool:
+        """Whether these are all rows of `cover`, in order."""
+        return self.index is None and rows is self.all_rows
 
 
 class GroupPlace:

@@ -10,7 +10,9 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nnsight_vllm.engine.lanes import Each, Lane, Rows, Several, Shared, View
@@ -63,6 +65,10 @@ class GroupSheet:
         self.columns.append(Column(name, append, [tensor for tensor in tensors if tensor is not None], several))
         return True
 
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Take a copy that was made already, [requests, ...], as what one item more of a list is made of."""
+        self.columns.append(Column(name, True, [tensor if tensor.device.type == "cpu" else tensor.cpu()], None))
+
     def spill(self, outboxes: list[Outbox], name: str | None = None) -> None:
         """Hand what's here (or what's here under one name) to the requests' own outboxes."""
         for column in [column for column in self.columns if name in (None, column.name)]:
@@ -79,13 +85,15 @@ class GroupSheet:
 
     def lines(self) -> tuple[bytes, Tensor]:
         """The beginning that all messages share, and a line of bytes a request: [requests, bytes]."""
-        flat = [_bytes(tensor) for column in self.columns for tensor in column.tensors]
+        flat = [_bytes(tensor).numpy() for column in self.columns for tensor in column.tensors]
         length = sum(part.shape[1] for part in flat)
         start, head = _start(tuple(column.key for column in self.columns), length)
-        lines = torch.empty(self.size, len(start) + length, dtype=torch.uint8)
+        lines = np.empty(
+            (self.size, len(start) + length), dtype=np.uint8
+        )  # fresh memory costs torch more than twice as much
         lines[:, : len(start)] = head
-        torch.cat(flat, 1, out=lines[:, len(start) :])
-        return start, lines
+        np.concatenate(flat, 1, out=lines[:, len(start) :])
+        return start, torch.from_numpy(lines)
 
     @property
     def num_bytes(self) -> int:
@@ -118,11 +126,11 @@ def _stacked(lane: Lane, size: int) -> Tensor | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _start(keys: tuple[Key, ...], length: int) -> tuple[bytes, Tensor]:
-    """The beginning of a message with such columns and `length` bytes to follow, as bytes and as a tensor."""
+def _start(keys: tuple[Key, ...], length: int) -> tuple[bytes, NDArray[np.uint8]]:
+    """The beginning of a message with such columns and `length` bytes to follow, as bytes and as an array."""
     saved = encode_saved([_described(key) for key in keys])
     start = encode_delta(Delta(sheet=Sheet(saved, memoryview(bytes(length)))))[: -length or None]
-    return start, torch.frombuffer(bytearray(start), dtype=torch.uint8)
+    return start, np.frombuffer(start, dtype=np.uint8)
 
 
 def _described(key: Key) -> Saved:

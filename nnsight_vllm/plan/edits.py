@@ -43,6 +43,10 @@ class Visit:
     stop: int
     free: tuple[int, ...]
 
+    @property
+    def num_operations(self) -> int:
+        return len(self.edits)
+
 
 def find_edits(code: Sequence[Instruction], copied: frozenset[int]) -> dict[int, Edit]:
     """Edits by the id of their node."""
@@ -90,11 +94,11 @@ def _visit(code: Sequence[Instruction], start: int, site: str, edits: Mapping[in
                 pass
             case _:
                 return None
-    is_all = bool(done) and _leaves(code, stop, site) and made <= set(free)
+    is_all = bool(done) and leaves_site(code, stop, site) and made <= set(free)
     return Visit(site, tuple(done), stop, tuple(free)) if is_all else None
 
 
-def _leaves(code: Sequence[Instruction], stop: int, site: str) -> bool:
+def leaves_site(code: Sequence[Instruction], stop: int, site: str) -> bool:
     """Whether a program that goes on here surely has no more to do at the site."""
     match code[stop]:
         case At() as at:

@@ -52,6 +52,7 @@ from nnsight_vllm.plan.instructions import (
 )
 from nnsight_vllm.plan.liveness import Liveness
 from nnsight_vllm.plan.rows import is_fresh
+from nnsight_vllm.plan.takes import Take, find_takes
 from nnsight_vllm.plan.template import Parameter, split
 
 SAMPLES = "samples.output"
@@ -65,7 +66,8 @@ _READERS = frozenset(
 class Program:
     """A graph's structure, ready to run. A negative id is a parameter of the request, constants included.
 
-    `edits`: nodes that a table's kernel can do. `visits`: by their place in the code, sites where it does nothing but those.
+    `edits`: nodes that a table's kernel can do. `visits`: by their place in the code, sites where it does nothing but those;
+    `takes`: sites where it does nothing but collect.
 
     `copied` are the `const` and `import` nodes whose tensor some in-place operation might reach: they get a copy, the
     original is everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
@@ -78,6 +80,7 @@ class Program:
     code: tuple[Instruction, ...]
     edits: Mapping[int, Edit] = field(default_factory=dict)
     visits: Mapping[int, Visit] = field(default_factory=dict)
+    takes: Mapping[int, Take] = field(default_factory=dict)
     copied: frozenset[int] = frozenset()
     writes_samples: bool = False
     streams: Mapping[int, str] = field(default_factory=dict)
@@ -97,14 +100,15 @@ def compile_graph(graph: Graph) -> Program:
     changes_values = bool(effects.changed(nodes))
     may_part = any(isinstance(node, Cond | Loop) for node in nodes)
     code, copied = _Compiler(graph).run(), _copied(nodes)
-    edits = find_edits(code, copied)
+    edits, streams = find_edits(code, copied), effects.streams(graph)
     return Program(
         code=code,
         edits=edits,
         visits=find_visits(code, edits),
+        takes=find_takes(code, streams),
         copied=copied,
         writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
-        streams=effects.streams(graph),
+        streams=streams,
         changes_values=changes_values,
         keeps_together=may_part and (changes_values or effects.changes_through_views(nodes)),
         is_quiet=is_quiet(graph),
