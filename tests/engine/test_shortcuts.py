@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from toy import HIDDEN, LAYERS, Toy, graph
 
-from nnsight_vllm.engine import executor
+from nnsight_vllm.engine import executor, shortcuts
 from nnsight_vllm.graph.nodes import Arg, Block, Const, Iterations, Node, Op, Read, Ref, Save, Slice
 from nnsight_vllm.graph.wire import digest
 
@@ -22,7 +22,7 @@ Done = list[str]
 def done(monkeypatch: pytest.MonkeyPatch) -> Done:
     """The sites that were done with in one go."""
     found: Done = []
-    did_all = executor.did_all
+    did_all = shortcuts.did_all
 
     def noted(*args: Any) -> Any:
         did = did_all(*args)
