@@ -145,6 +145,7 @@ class GroupInterpreter:
         """Fail whoever took part in the run that was interrupted."""
         for part in [self.current, *self.found, *self.waiting]:
             self._fail_all(part, error)
+            part.settle()
 
     def _settle(self, part: Group) -> None:
         """A group that stopped running: those alive wait, or are done."""

@@ -328,6 +328,7 @@ class Executor:
                 request.fail(interrupted(request, int(step.positions[at]), count), keep_token=False)
             keep = [i for i in range(len(group)) if i not in wrong]
             if not keep:
+                group.spill()
                 return []
             group = group.select(keep)
         order = np.argsort(group.locate(step), kind="stable")
@@ -400,7 +401,10 @@ class Executor:
         for unit in units:
             if isinstance(unit, Group):
                 keep = [i for i, member in enumerate(unit.members) if member.is_running]
-                found += [unit] if len(keep) == len(unit) else [unit.select(keep)] if keep else []
+                if keep:
+                    found.append(unit if len(keep) == len(unit) else unit.select(keep))
+                else:
+                    unit.spill()
                 self._groups = [group for group in self._groups if group is not unit]
             elif unit.is_running:
                 found.append(unit)
@@ -497,6 +501,7 @@ class Executor:
             for member in unit.members:
                 member.fail(error, keep_token=True)
             unit.is_over = True
+            unit.spill()
             self._groups = [group for group in self._groups if group is not unit]
         unit.leave_iteration()
 
