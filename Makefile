@@ -2,6 +2,7 @@
 # make test    set everything up and run every test            make check   formatting, lint, types
 # make bench   throughput against stock vLLM, and the table in README.md (an hour or less; nothing else should run)
 # make bench-all  every benchmark               make bench-table  only the pages, from benchmarks/results
+# make fuzz    5,000 drawn scenarios of requests that come, meet, are evicted and aborted; other ones each time (an hour)
 # make clean   remove what these made here (not the cache of the demo model)
 
 # A Python of your choice: make PYTHON=/path/to/python3.12 demo
@@ -14,17 +15,22 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: venv demo test check bench bench-all bench-table clean
+.PHONY: venv demo test fuzz check bench bench-all bench-table clean
 
 venv: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) examples/quickstart.py
 
-# The parity tests run engines inside the test process, which vLLM then binds to a core: they get a process of their own.
+# These run engines inside the test process, which vLLM then binds to a core: they get processes of their own.
+INSIDE := tests/engine/test_parity.py tests/engine/test_churn.py
+
 test: $(STAMP)
-	$(RUN) -m pytest --ignore tests/engine/test_parity.py $(ARGS)
-	$(RUN) -m pytest tests/engine/test_parity.py $(ARGS)
+	$(RUN) -m pytest $(addprefix --ignore ,$(INSIDE)) $(ARGS)
+	for file in $(INSIDE); do $(RUN) -m pytest $$file $(ARGS) || exit 1; done
+
+fuzz: $(STAMP)
+	NNSIGHT_VLLM_FUZZ=5000 $(RUN) -m pytest tests/engine/test_churn.py -k fuzzed -s $(ARGS)
 
 check: $(STAMP)
 	$(RUN) -m ruff format --check .

@@ -23,6 +23,7 @@ from nnsight_vllm.engine.executor import Executor
 from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.recycling import Recycling, clear_blocks
 from nnsight_vllm.engine.requests import Arrival, Step
+from nnsight_vllm.engine.undrawn import undrawn
 from nnsight_vllm.errors import EngineSettingError, GraphError, PreemptedError
 from nnsight_vllm.graph.links import Links, decode_links
 
@@ -196,7 +197,8 @@ class Seam:
         return drawn
 
     def _sample_tokens(self, sample_tokens: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = sample_tokens(*args, **kwargs)
+        with undrawn(self._runner):
+            output = sample_tokens(*args, **kwargs)
         if self._has_graphs:
             self._has_graphs = False
             executor = self._started()
