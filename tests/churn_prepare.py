@@ -32,8 +32,10 @@ def prepare(model: VLLM, ask: Ask) -> Prepared:
         return Prepared(Request(prompt, sampling, None), {})
     data, tensors, margins = _recorded(model, ask, ask.graph)
     request = Request(prompt, sampling, data, frozenset(tensors))
-    front.admit(request)
-    return Prepared(request, tensors, front._caching(data, tensors).salt is not Salt.NONE, margins)
+    front.admit(request, tensors)
+    return Prepared(
+        request, tensors, front._known(data, tensors, len(ask.prompt)).caching.salt is not Salt.NONE, margins
+    )
 
 
 def _recorded(model: VLLM, ask: Ask, graph: Graph) -> tuple[bytes, dict[str, bytes], tuple[str, ...]]:

@@ -28,7 +28,15 @@ ALWAYS = ("front", "samples", "sampled", "waited", "aborts", "stops", "texts", "
 _SMALL = {"enforce_eager": True, "max_model_len": 96, "max_num_seqs": 8, "block_size": 32}
 ENGINES = [
     Settings("roomy", _SMALL | {"max_num_batched_tokens": 512}, occurs=("hits", "hits of edits", "grouped")),
-    Settings("small steps", _SMALL | {"max_num_batched_tokens": 80}, longest=84, occurs=("hits", "cut", "grouped")),
+    Settings(
+        "small steps", _SMALL | {"max_num_batched_tokens": 80}, longest=84, occurs=("hits", "cut graphs", "grouped")
+    ),
+    Settings(
+        "tiny steps",
+        _SMALL | {"max_num_batched_tokens": 40, "max_num_seqs": 5},
+        longest=84,
+        occurs=("refused", "cut graphs", "hits", "hits of edits"),
+    ),
     Settings(
         "small memory",
         _SMALL | {"max_num_batched_tokens": 128, "max_num_seqs": 5, "num_gpu_blocks_override": 5},
