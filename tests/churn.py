@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from churn_engine import ChurnEngine, Got, Played
 from churn_judge import Verdict, judge
-from churn_scenario import Arrival, Ask, Scenario, Settings
+from churn_scenario import Ask, Scenario, Settings
 from churn_tally import Tally
 
 from nnsight_vllm.errors import AdmissionError
@@ -76,7 +76,7 @@ class Churn:
                 engine.prepare(arrival.ask)
                 taken.append(arrival)
             except AdmissionError:
-                assert len(arrival.ask.prompt) > engine.budget, "refused, though it fits into a step"
+                assert len(arrival.ask.prompt) > engine.settings.step, "refused, though it fits into a step"
                 self.tally.note("refused")
         return replace(scenario, arrivals=tuple(taken))
 
@@ -100,7 +100,7 @@ class Churn:
         if len(self._alone) > MAX_KEPT:
             self._alone.clear()
         if ask not in self._alone:
-            (self._alone[ask],) = engine.play(Scenario((Arrival(ask),))).got
+            self._alone[ask] = engine.alone(ask)
         return self._alone[ask]
 
     def _count(self, engine: ChurnEngine, scenario: Scenario, played: Played) -> None:

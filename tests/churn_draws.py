@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from churn_kinds import KINDS
-from churn_scenario import TABLE, Arrival, Ask, Graph, Prompt, Scenario, Settings
+from churn_scenario import LENGTH, TABLE, Arrival, Ask, Graph, Prompt, Scenario, Settings
 from churn_table import SITES, TABLE_LOOKS, TABLE_STEPS
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
@@ -44,12 +44,12 @@ graphs = st.one_of(_written, _written, _written, _of_table, _of_table, _ending).
 
 
 @st.composite
-def prompts(draw: st.DrawFn, longest: int) -> Prompt:
-    shared = min(draw(st.sampled_from(SHARED)), longest - 1)
+def prompts(draw: st.DrawFn) -> Prompt:
+    shared = draw(st.sampled_from(SHARED))
     own = draw(st.integers(1 if shared else 3, 24))
     if draw(st.booleans()):  # soon behind a block's end, so that another block will be needed
         own += -(shared + own) % BLOCK - draw(st.integers(1, 6))
-    return Prompt(draw(st.integers(0, 1)), shared, max(1, min(own, longest - shared)), draw(_seeds))
+    return Prompt(draw(st.integers(0, 1)), shared, max(1, min(own, LENGTH - shared)), draw(_seeds))
 
 
 @st.composite
@@ -58,7 +58,7 @@ def asks(draw: st.DrawFn, settings: Settings, pool: list[Graph]) -> Ask:
     graph = draw(st.sampled_from([None, *pool, *pool]))
     if graph is not None and draw(st.booleans()):
         graph = replace(graph, seed=draw(_seeds))
-    prompt = draw(prompts(settings.longest if graph is None else settings.longest_with_graph))
+    prompt = draw(prompts())
     least = 1 if graph is None else max(graph.first + 1, KINDS[graph.kind].tokens if graph.kind in KINDS else 1)
     max_tokens = max(draw(st.integers(1, 12)), least)
     is_sampled = draw(st.sampled_from([False, False, True]))

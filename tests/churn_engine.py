@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
+import msgspec
 import pytest
 from churn_prepare import Prepared, prepare
-from churn_scenario import Scenario, Settings
+from churn_scenario import WHOLE, Arrival, Ask, Scenario, Settings
 from torch import Tensor
 
 from nnsight_vllm import VLLM
@@ -84,21 +85,19 @@ class ChurnEngine:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             if settings.is_asynchronous:
                 _schedule_asynchronously(patch)
-            self.model = VLLM(checkpoint, dispatch=True, dtype="float32", **settings.arguments)
+            arguments = {"dtype": "float32", "max_num_batched_tokens": WHOLE, **settings.arguments}
+            self.model = VLLM(checkpoint, dispatch=True, **arguments)
         self.front = self.model._engine
         self.engine = self.front.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.prepare = lru_cache(maxsize=200)(partial(prepare, self.model))
         self.front.tensors.limit = MAX_TENSORS
+        tree = self.front.tree  # where the front end finds how long a prompt may be
+        tree.catalogue = msgspec.structs.replace(tree.catalogue, max_num_batched_tokens=settings.step)
         self._played = Played([])
         self._lengths: list[int] = []  # of the prompts of requests that are driven here
         self._watch()
-
-    @property
-    def budget(self) -> int:
-        """Tokens that a step computes at most."""
-        return self.front.tree.catalogue.max_num_batched_tokens
 
     def close(self) -> None:
         self.model.close()
@@ -116,8 +115,13 @@ class ChurnEngine:
             return False
         return True
 
-    def play(self, scenario: Scenario) -> Played:
+    def alone(self, ask: Ask) -> list[Got]:
+        """What one request gets by itself, its prompt in one step."""
+        return self.play(Scenario((Arrival(ask),)), WHOLE).got[0]
+
+    def play(self, scenario: Scenario, step: int | None = None) -> Played:
         """Run a scenario on an empty cache. Evicted requests with graphs start again when the others are done."""
+        self.core.scheduler.max_num_scheduled_tokens = step or self.settings.step
         assert self.front.llm.reset_prefix_cache(), "blocks are in use before a scenario"
         prepared = [self.prepare(arrival.ask) for arrival in scenario.arrivals]
         asks = [arrival.ask for arrival in scenario.arrivals]

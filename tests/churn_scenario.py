@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 VOCABULARY = range(3, 500)  # without the special tokens
-LENGTH = 76
+LENGTH = 84
+WHOLE = 256
 MAX_BLOCK = 64
 TABLE = "table"
 
@@ -112,7 +113,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Settings:
-    """An engine for scenarios. `longest` is a prompt's number of tokens, `longest_with_graph` of one with a graph.
+    """An engine for scenarios. `step`: tokens that a step computes at most; requests alone have room for all of theirs.
 
     `memory`: tokens that the cache holds. `occurs`: classes of scenarios (churn_tally.py) that
     a fixed draw of a few dozen must contain, so that a fuzzer that no longer reaches them fails.
@@ -120,8 +121,7 @@ class Settings:
 
     name: str
     arguments: dict[str, Any] = field(hash=False)
-    longest: int = LENGTH
-    longest_with_graph: int = LENGTH
+    step: int = WHOLE
     memory: int | None = None
     is_asynchronous: bool = False
     occurs: tuple[str, ...] = ()

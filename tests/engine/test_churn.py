@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,55 +26,39 @@ NUM_FUZZED = int(os.environ.get("NNSIGHT_VLLM_FUZZ", "0"))
 NUM_SCENARIOS = 320
 ALWAYS = ("front", "samples", "sampled", "waited", "aborts", "stops", "texts", "failures", "same bits", "plain bits")
 
-_SMALL = {"enforce_eager": True, "max_model_len": 96, "max_num_seqs": 8, "block_size": 32}
+SMALL: dict[str, Any] = {"enforce_eager": True, "max_model_len": 96, "max_num_seqs": 8, "block_size": 32}
+FEW_BLOCKS = SMALL | {"num_gpu_blocks_override": 9}
+UNCACHED = {"block_size": 64, "num_gpu_blocks_override": 4, "enable_prefix_caching": False}
 ENGINES = [
-    Settings("roomy", _SMALL | {"max_num_batched_tokens": 512}, occurs=("hits", "hits of edits", "grouped")),
+    Settings("roomy", SMALL, occurs=("hits", "hits of edits", "grouped")),
+    Settings("small steps", SMALL, step=80, occurs=("hits", "cut graphs", "grouped")),
     Settings(
-        "small steps", _SMALL | {"max_num_batched_tokens": 80}, longest=84, occurs=("hits", "cut graphs", "grouped")
-    ),
-    Settings(
-        "tiny steps",
-        _SMALL | {"max_num_batched_tokens": 40, "max_num_seqs": 5},
-        longest=84,
-        occurs=("refused", "cut graphs", "hits", "hits of edits"),
+        "tiny steps", SMALL | {"max_num_seqs": 5}, step=40, occurs=("refused", "cut graphs", "hits", "hits of edits")
     ),
     Settings(
         "small memory",
-        _SMALL | {"max_num_batched_tokens": 128, "max_num_seqs": 5, "num_gpu_blocks_override": 5},
+        SMALL | {"max_num_seqs": 5, "num_gpu_blocks_override": 5},
+        step=128,
         memory=128,
         occurs=("hits", "evicted plain", "evicted graphs"),
     ),
     Settings(
         "small memory without a prefix cache",
-        _SMALL
-        | {
-            "max_num_batched_tokens": 96,
-            "block_size": 64,
-            "num_gpu_blocks_override": 4,
-            "enable_prefix_caching": False,
-        },
+        SMALL | UNCACHED,
+        step=96,
         memory=192,
         occurs=("evicted plain", "evicted graphs"),
     ),
-    Settings("two seats", _SMALL | {"max_num_batched_tokens": 88, "max_num_seqs": 2}, occurs=("hits", "cut")),
+    Settings("two seats", SMALL | {"max_num_seqs": 2}, step=88, occurs=("hits", "cut")),
+    Settings("one by one", FEW_BLOCKS | {"batching": False}, step=96, memory=256, occurs=("hits", "cut")),
     Settings(
-        "one by one",
-        _SMALL | {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 9, "batching": False},
-        longest=84,
-        memory=256,
-        occurs=("hits", "cut"),
-    ),
-    Settings(
-        "asynchronous",
-        _SMALL | {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 9},
-        memory=256,
-        is_asynchronous=True,
-        occurs=("hits", "grouped"),
+        "asynchronous", FEW_BLOCKS, step=72, memory=256, is_asynchronous=True, occurs=("hits", "cut graphs", "grouped")
     ),
     Settings(
         "compiled",
-        _SMALL | {"max_num_batched_tokens": 96, "enforce_eager": False, "block_size": 64},
-        occurs=("hits", "hits of edits", "grouped"),
+        SMALL | {"enforce_eager": False, "block_size": 64},
+        step=64,
+        occurs=("hits", "cut graphs", "grouped"),
     ),
 ]
 
