@@ -47,7 +47,7 @@ ENGINES = [
         SMALL | UNCACHED,
         step=96,
         memory=192,
-        occurs=("evicted plain", "evicted graphs"),
+        occurs=("evicted graphs", "cut graphs"),
     ),
     Settings("two seats", SMALL | {"max_num_seqs": 2}, step=88, occurs=("hits", "cut")),
     Settings("one by one", FEW_BLOCKS | {"batching": False}, step=96, memory=256, occurs=("hits", "cut")),
