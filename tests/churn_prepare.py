@@ -10,9 +10,11 @@ from churn_scenario import TABLE, Ask, Graph
 from churn_table import table
 
 from nnsight_vllm import VLLM
-from nnsight_vllm.graph.wire import digest, encode
-from nnsight_vllm.plan.caching import Salt
+from nnsight_vllm.graph.walk import sites_written
+from nnsight_vllm.graph.wire import decode, digest
 from nnsight_vllm.trace.backend import Request
+
+DRAWN = {"logits.output", "samples.output"}
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,27 @@ class Prepared:
 
 
 def prepare(model: VLLM, ask: Ask) -> Prepared:
+    """Raises `AdmissionError` where the front end refuses it."""
     front = model._engine
-    prompt, sampling = front.prompt((ask.prompt.ids,)), front.sampling(ask.sampling)
     if ask.graph is None:
-        return Prepared(Request(prompt, sampling, None), {})
-    data, tensors, margins = _recorded(model, ask, ask.graph)
-    request = Request(prompt, sampling, data, frozenset(tensors))
+        return Prepared(Request(front.prompt((ask.prompt.ids,)), front.sampling(ask.sampling), None), {})
+    if ask.graph.kind != TABLE:
+        return _recorded(model, ask, ask.graph)
+    data, files = table(ask.graph)
+    tensors = {digest(file): file for file in files}
+    request = Request(front.prompt((ask.prompt.ids,)), front.sampling(ask.sampling), data, frozenset(tensors))
     front.admit(request, tensors)
-    return Prepared(
-        request, tensors, front._known(data, tensors, len(ask.prompt)).caching.salt is not Salt.NONE, margins
-    )
+    return Prepared(request, tensors, _changes_rows(data))
 
 
-def _recorded(model: VLLM, ask: Ask, graph: Graph) -> tuple[bytes, dict[str, bytes], tuple[str, ...]]:
-    """The graph's bytes, its tensors by digest, and the names of its margins."""
-    if graph.kind == TABLE:
-        data, files = table(graph)
-        return data, {digest(file): file for file in files}, ()
+def _recorded(model: VLLM, ask: Ask, graph: Graph) -> Prepared:
     with model.scan(ask.prompt.ids, **ask.sampling) as tracer:
         margins = KINDS[graph.kind].body(model, tracer, graph)
     (invoke,) = tracer.invokes
-    assert invoke.graph is not None
-    return encode(invoke.graph), dict(tracer.constants.data), () if margins is None else (margins._slot,)
+    request = invoke.request()
+    changes_rows = any(map(_changes_rows, request.graphs))
+    return Prepared(request, invoke.tensors, changes_rows, () if margins is None else (margins._slot,))
+
+
+def _changes_rows(graph: bytes) -> bool:
+    return any(site not in DRAWN for site in sites_written(decode(graph).body))
