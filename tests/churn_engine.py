@@ -23,6 +23,7 @@ from nnsight_vllm import VLLM
 from nnsight_vllm.engine.collect import Collected
 from nnsight_vllm.engine.compat import graph_of
 from nnsight_vllm.engine.front import reason_of
+from nnsight_vllm.engine.related import Tied
 from nnsight_vllm.errors import IntegrityError
 from nnsight_vllm.graph.results import Failure
 
@@ -197,7 +198,7 @@ class ChurnEngine:
             self._settle(number)
 
     def _send(self, number: int, prepared: Prepared) -> None:
-        self.engine.add_request(str(number), *self.front.sendable(prepared.request, dict(prepared.tensors)))
+        self.engine.add_request(str(number), *self.front.sendable(prepared.request, dict(prepared.tensors), Tied()))
 
     def _abort(self, number: int) -> None:
         is_unfinished = any(got.reason is None for got in self._played.got[number])
