@@ -6,7 +6,7 @@ hidden + residual. `mlp.again` is the same tensor at the same tap, and comes aft
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Toy:
     collected: dict[str, Collected] = field(default_factory=dict)
     made: list[tuple[str, str]] = field(default_factory=list)
     seen: dict[int, list[list[list[float]]]] = field(default_factory=dict)  # a tap's tensors after it
+    drafts: dict[str, int] = field(default_factory=dict)  # of the next step: so many more rows among the logits
 
     def __post_init__(self) -> None:
         sites = {site.info.name: site for site in _sites(self.dtype)}
@@ -109,13 +110,17 @@ class Toy:
         """One forward: name -> (number of rows, first position). Returns each request's stream and token."""
         counts, positions = [count for count, _ in rows.values()], [position for _, position in rows.values()]
         starts = np.cumsum([0, *counts])
-        self.executor.begin_step(Step.of(rows, starts, np.array(positions, dtype=np.int64)))
+        drawn_from = [1 + self.drafts.get(name, 0) for name in rows]
+        logits = np.cumsum(drawn_from) - 1 if self.drafts else None
+        step = Step.of(rows, starts, np.array(positions, dtype=np.int64))
+        self.executor.begin_step(replace(step, logits=logits))
         stream = self._forward(int(starts[-1]))
         self.executor.enter_logits()
-        ends = [int(stop) - 1 for stop in starts[1:]]
+        ends = [int(stop) - num + i for stop, num in zip(starts[1:], drawn_from, strict=True) for i in range(num)]
         self.logits = stream[ends].repeat(1, VOCAB // HIDDEN)
         self.executor.at_tap(LOGITS_TAP, (self.logits,))
-        self.tokens = self.logits.argmax(-1, keepdim=True).int()
+        self.executor.leave_logits()
+        self.tokens = _padded(self.logits.argmax(-1), drawn_from)
         self.executor.at_tap(SAMPLES_TAP, (self.tokens,))
         names = list(rows)
         sent = self.executor.end_step(names)
@@ -164,6 +169,14 @@ class Toy:
         collected.add(delta)
         collected.read_sheets()
         self.saved[name] = {key: _listed(value) for key, value in collected.sample.values.items()}
+
+
+def _padded(drawn: Tensor, counts: list[int]) -> Tensor:
+    """[requests, most tokens of one], filled up with -1."""
+    padded = torch.full((len(counts), max(counts, default=1)), -1, dtype=torch.int32)
+    for row, tokens in zip(padded, drawn.split(counts), strict=True):
+        row[: len(tokens)] = tokens
+    return padded
 
 
 def _listed(value: object) -> object:

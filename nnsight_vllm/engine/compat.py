@@ -1,18 +1,20 @@
-"""Every private name of vLLM that the engine side touches. Written for vLLM 0.32 and its V1 model runner.
+"""Every private name of vLLM that the engine side touches. Written for vLLM 0.32.
 
-`Seam` wraps five methods of one runner (the instance, never the class) and one of its model, and turns what they see
-into the executor's calls. A step without requests that carry graphs goes straight through.
+`Seam` wraps methods of one runner and of its model (of the instances, never the classes), and turns what they see into the
+executor's calls. A step without requests that carry graphs goes straight through. What differs between vLLM's two model
+runners is behind `Runner`: `compat_v1.py` and `compat_v2.py`.
 
-The V2 runner is refused here. CUDA graphs: a step with graphs forgoes captured graphs, since a replay runs no Python,
-and keeps the compiled code; no GPU was at hand to run that.
+CUDA graphs: a step with graphs forgoes captured graphs, since a replay runs no Python, and keeps the compiled code; no GPU
+was at hand to run that.
 """
 
 from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,10 @@ from torch import Tensor, nn
 from nnsight_vllm.engine import refusal, taps
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.engine.executor import Executor
+from nnsight_vllm.engine.lanes import Ints
 from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.recycling import Recycling, clear_blocks
 from nnsight_vllm.engine.requests import Arrival, Step
-from nnsight_vllm.engine.undrawn import undrawn
 from nnsight_vllm.errors import EngineSettingError, GraphError, PreemptedError
 from nnsight_vllm.graph.links import Links, decode_links
 
@@ -37,16 +39,12 @@ SUPPORTED = "0.32."
 PROBE_ROWS = 5
 
 
-def require_supported(vllm_config: Any) -> None:
-    """Raise `EngineSettingError` on a vLLM or a runner that this file wasn't written for."""
+def require_supported() -> None:
+    """Raise `EngineSettingError` on a vLLM that this file wasn't written for."""
     from vllm import __version__
 
     if not __version__.startswith(SUPPORTED):
         raise EngineSettingError(f"nnsight_vllm runs on vLLM {SUPPORTED}*; this is {__version__}")
-    if vllm_config.use_v2_model_runner:
-        raise EngineSettingError(
-            "vLLM's V2 model runner doesn't take graphs yet: set VLLM_USE_V2_MODEL_RUNNER=0 in the engine's environment"
-        )
 
 
 def worker_base() -> type:
@@ -80,17 +78,6 @@ def salt_compile_cache(vllm_config: Any, fingerprint: str) -> None:
     vllm_config.additional_config = {**vllm_config.additional_config, FIELD: settings}
 
 
-def probing_forward(runner: Any) -> Tensor:
-    """Run the model once over a few rows of padding, then its logits; [1, vocab]. Writes no key or value anywhere."""
-    from vllm.config import CUDAGraphMode
-
-    with torch.random.fork_rng(devices=[] if runner.device.type == "cpu" else [runner.device]):
-        hidden, _ = runner._dummy_run(PROBE_ROWS, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-        with torch.inference_mode():
-            logits: Tensor = runner.get_model().compute_logits(hidden[:1])
-    return logits
-
-
 def graph_of(sampling_params: Any) -> bytes | list[bytes] | None:
     """The graph that a request carries, as msgpack bytes, or several in the order in which they run at a site."""
     return _extra(sampling_params).get(FIELD)
@@ -122,57 +109,133 @@ def links_of(sampling_params: Any) -> Links | None:
     return None if data is None else decode_links(data)
 
 
-class Seam:
-    """One V1 model runner and the executor that its steps feed."""
+@dataclass(frozen=True)
+class Batch:
+    """A step as its runner laid it out. `ids` in the order of the batch; `logits`: see `Step`."""
 
-    def __init__(self, runner: Any) -> None:
+    ids: list[str]
+    starts: Ints
+    positions: Ints
+    logits: Ints | None
+
+
+class Runner(Protocol):
+    """What differs between vLLM's model runners; `raw` is vLLM's own."""
+
+    raw: Any
+
+    def attach(self, seam: Seam) -> None:
+        """Have the seam's `begin` called before a forward of a step with graphs, which is no captured one, and its `sample`."""
+
+    def known_requests(self) -> Collection[str]:
+        """Requests that the runner has state of."""
+
+    def emitting(self) -> list[str]:
+        """Requests that get a token in this step: a piece of a prompt gets none."""
+
+    def wants_logprobs(self) -> bool:
+        """Whether anybody in this step does."""
+
+    def reported_line(self, at: int, width: int) -> int:
+        """Where the logprob of a request's first token is; `at` its place in the batch, `width` most tokens of a request."""
+
+    def trial(self, num_rows: int) -> Tensor:
+        """The hidden states of a forward over padding, outside of captured graphs, that writes no key or value."""
+
+
+def runner_of(raw: Any, vllm_config: Any) -> Runner:
+    """The side of the seam that fits vLLM's model runner."""
+    if vllm_config.use_v2_model_runner:
+        from nnsight_vllm.engine.compat_v2 import RunnerV2
+
+        return RunnerV2(raw)
+    from nnsight_vllm.engine.compat_v1 import RunnerV1
+
+    return RunnerV1(raw)
+
+
+class Seam:
+    """One model runner and the executor that its steps feed."""
+
+    def __init__(self, runner: Runner) -> None:
         self.executor: Executor | None = None
         self._runner = runner
-        self._has_graphs = False  # in this step
+        self.has_graphs = False  # in this step
+        self.drafts: Mapping[str, list[int]] = {}  # of this step, by request
         self._is_armed = False  # for the step's first `compute_logits`; later ones are prompt logprobs
         self._recycling = Recycling()
         self._ids: list[str] = []  # of the last step, in the order of its batch
         self._index: dict[str, int] = {}
-        _wrap(runner, "execute_model", self._execute_model)
-        _wrap(runner, "_determine_batch_execution_and_padding", self._choose_cuda_graph)
-        _wrap(runner, "_model_forward", self._model_forward)
-        _wrap(runner, "_sample", self._sample)
-        _wrap(runner, "sample_tokens", self._sample_tokens)
-        _wrap(runner.get_model(), "compute_logits", self._compute_logits)
+        self._evicted: set[str] = set()  # and not computed again yet: a runner may have forgotten them
+        self._logits_rows: Ints | None = None
+        self._raw_rows: dict[int, Tensor] = {}
+        wrap(runner.raw, "execute_model", self._execute_model)
+        wrap(runner.raw, "sample_tokens", self._sample_tokens)
+        wrap(runner.raw.get_model(), "compute_logits", self._compute_logits)
+        runner.attach(self)
 
     @property
     def known_requests(self) -> set[str]:
-        """Requests that the runner has state of, ended ones of which it wasn't told yet included."""
-        return set(self._runner.requests)
+        """Requests that the engine has state of, ended ones of which the runner wasn't told yet included."""
+        return self._evicted.union(self._runner.known_requests())
+
+    def probing_forward(self) -> Tensor:
+        """Run the model once over a few rows of padding, then its logits; [1, vocab]. Writes no key or value anywhere."""
+        raw = self._runner.raw
+        with torch.random.fork_rng(devices=[] if raw.device.type == "cpu" else [raw.device]):
+            hidden = self._runner.trial(PROBE_ROWS)
+            with torch.inference_mode():
+                logits: Tensor = raw.get_model().compute_logits(hidden[:1])
+        return logits
+
+    def begin(self, batch: Batch) -> None:
+        """The forward of a step with graphs is about to run over these rows."""
+        if batch.ids != self._ids:
+            self._ids = list(batch.ids)
+            self._index = {id: i for i, id in enumerate(batch.ids)}
+        self._started().begin_step(Step(self._index, batch.starts, batch.positions, batch.logits))
+        self._logits_rows = batch.logits
+        self._is_armed = True
+
+    def sample(self, sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the runner's sampling, before anything was made of the drawn ids; V2 returns more than those."""
+        made = sample(*args, **kwargs)
+        if self.has_graphs:
+            drawn = made[0] if isinstance(made, tuple) else made
+            before = drawn.sampled_token_ids.clone()
+            self._started().at_tap(SAMPLES_TAP, (drawn.sampled_token_ids,))
+            self._report_edits(drawn, before)
+        return made
 
     def _execute_model(self, execute: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        executor = self._started()
+        if self.executor is None or kwargs.get("dummy_run"):  # vLLM warms up
+            return execute(scheduled, *args, **kwargs)
+        executor, raw = self.executor, self._runner.raw
         executor.drop(scheduled.finished_req_ids)
         if (released := getattr(scheduled, RELEASED, None)) is not None:
             executor.exports.release(released)
-        for arrival in _arrivals(scheduled, self._runner):
-            executor.admit(arrival)
-        for request_id in scheduled.scheduled_cached_reqs.resumed_req_ids:
-            executor.fail(request_id, PreemptedError("the engine evicted the request to free memory; send it again"))
         known = executor.requests
-        stale = self._recycling.step(_fresh_blocks(scheduled, self._runner), known)
+        for request_id in self._recomputed(scheduled, known):
+            executor.fail(request_id, PreemptedError("the engine evicted the request to free memory; send it again"))
+        for arrival in _arrivals(scheduled, raw):
+            if arrival.request_id not in known:
+                executor.admit(arrival)
+        stale = self._recycling.step(_fresh_blocks(scheduled, raw), known)
         if stale:
-            clear_blocks(self._runner.kv_caches, stale, self._runner.kv_cache_config.num_blocks)
-        self._has_graphs = bool(known) and any(id in known for id in scheduled.num_scheduled_tokens)
+            clear_blocks(raw.kv_caches, stale, raw.kv_cache_config.num_blocks)
+        self.drafts = scheduled.scheduled_spec_decode_tokens
+        self.has_graphs = bool(known) and any(id in known for id in scheduled.num_scheduled_tokens)
         return execute(scheduled, *args, **kwargs)
 
-    def _choose_cuda_graph(self, choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._has_graphs:
-            kwargs["force_eager"] = True
-        return choose(*args, **kwargs)
-
-    def _model_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._has_graphs:
-            return forward(*args, **kwargs)
-        executor = self._started()
-        executor.begin_step(self._step())
-        self._is_armed = True
-        return forward(*args, **kwargs)
+    def _recomputed(self, scheduled: Any, known: Collection[str]) -> list[str]:
+        """Requests with graphs that were evicted and that this step computes again. V2 is told of them as of new ones."""
+        again = [new.req_id for new in scheduled.scheduled_new_reqs if new.req_id in known]
+        again += scheduled.scheduled_cached_reqs.resumed_req_ids
+        if scheduled.preempted_req_ids:
+            self._evicted.update(scheduled.preempted_req_ids)
+        if self._evicted:
+            self._evicted.difference_update(again, scheduled.finished_req_ids)
+        return again
 
     def _compute_logits(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._is_armed:
@@ -182,46 +245,51 @@ class Seam:
         executor.enter_logits()
         logits = compute(*args, **kwargs)
         executor.at_tap(LOGITS_TAP, (logits,))
+        self._raw_rows = self._rows_to_report(logits) if self._runner.wants_logprobs() else {}
         executor.leave_logits()
         return logits
 
-    def _sample(self, sample: Callable[..., Any], logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._has_graphs:
-            return sample(logits, *args, **kwargs)
-        executor = self._started()
-        rows = _raw_rows(self._runner, executor, logits)  # sampling may change the logits in place
-        drawn = sample(logits, *args, **kwargs)
-        before = drawn.sampled_token_ids.clone()
-        executor.at_tap(SAMPLES_TAP, (drawn.sampled_token_ids,))
-        _report_edits(drawn, before, rows)
-        return drawn
-
     def _sample_tokens(self, sample_tokens: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with undrawn(self._runner):
-            output = sample_tokens(*args, **kwargs)
-        if self._has_graphs:
-            self._has_graphs = False
+        output = sample_tokens(*args, **kwargs)
+        if self.has_graphs:
+            self.has_graphs = False
             executor = self._started()
             for error in taps.take_failures():
                 executor.fail_step(error)
-            _attach(output, executor.end_step(_emitting(self._runner)), self._index)
+            _attach(output, executor.end_step(self._runner.emitting()), self._index)
         return output
 
-    def _step(self) -> Step:
-        """Rows and positions of this step's requests."""
-        batch, ids = self._runner.input_batch, self._runner.input_batch.req_ids
-        if ids != self._ids:
-            self._ids = list(ids)
-            self._index = {id: i for i, id in enumerate(ids)}
-        starts = self._runner.query_start_loc.np[: len(ids) + 1].astype("int64")
-        return Step(self._index, starts, batch.num_computed_tokens_cpu[: len(ids)].astype("int64"))
+    def _rows_to_report(self, logits: Tensor) -> dict[int, Tensor]:
+        """What logprobs are reported from, [vocab] by place, of requests whose token may be replaced.
+
+        A copy: sampling may change the logits in place.
+        """
+        places = [at for id, at in self._index.items() if self._started().writes_samples(id)]
+        rows = {at: logits[at if self._logits_rows is None else self._logits_rows[at]] for at in places}
+        if self._runner.raw.sampler.logprobs_mode == "raw_logits":
+            return {at: row.to(torch.float32, copy=True) for at, row in rows.items()}
+        return {at: row.log_softmax(-1, dtype=torch.float32) for at, row in rows.items()}
+
+    def _report_edits(self, drawn: Any, before: Tensor) -> None:
+        """Let the reported logprob and rank be those of the ids that graphs put in place of the drawn ones."""
+        rows, self._raw_rows = self._raw_rows, {}
+        reported = drawn.logprobs_tensors
+        if reported is None or reported.logprob_token_ids.numel() == 0:  # none, or the whole vocabulary
+            return
+        for at, logprobs in rows.items():
+            token = int(drawn.sampled_token_ids[at, 0])
+            if token != int(before[at, 0]):
+                line = self._runner.reported_line(at, before.shape[1])
+                reported.logprob_token_ids[line, 0] = token
+                reported.logprobs[line, 0] = logprobs[token]
+                reported.selected_token_ranks[line] = (logprobs >= logprobs[token]).sum()
 
     def _started(self) -> Executor:
         assert self.executor is not None, "a step before the worker was ready"
         return self.executor
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace an instance's method by `around(original, ...)`."""
     original = getattr(owner, name)
 
@@ -283,38 +351,9 @@ def _refusal(params: Any, runner: Any) -> str:
     return ""
 
 
-def _emitting(runner: Any) -> list[str]:
-    """Requests that get a token in this step: a piece of a prompt gets none."""
-    discarded = runner.discard_request_mask.np
-    return [id for index, id in enumerate(runner.input_batch.req_ids) if not discarded[index]]
-
-
-def _raw_rows(runner: Any, executor: Executor, logits: Tensor) -> dict[int, Tensor]:
-    """What logprobs are reported from, [vocab] by index, of requests whose token may be replaced."""
-    batch = runner.input_batch
-    if batch.sampling_metadata.max_num_logprobs is None and not batch.sampling_metadata.logprob_token_ids:
-        return {}
-    indices = [index for index, id in enumerate(batch.req_ids) if executor.writes_samples(id)]
-    if runner.sampler.logprobs_mode == "raw_logits":
-        return {index: logits[index].to(torch.float32, copy=True) for index in indices}
-    return {index: logits[index].log_softmax(-1, dtype=torch.float32) for index in indices}
-
-
-def _report_edits(drawn: Any, before: Tensor, rows: dict[int, Tensor]) -> None:
-    """Let the reported logprob and rank be those of the ids that graphs put in place of the drawn ones."""
-    reported = drawn.logprobs_tensors
-    if reported is None or reported.logprob_token_ids.numel() == 0:  # none, or the whole vocabulary
-        return
-    for index, logprobs in rows.items():
-        token = int(drawn.sampled_token_ids[index, 0])
-        if token != int(before[index, 0]):
-            reported.logprob_token_ids[index, 0] = token
-            reported.logprobs[index, 0] = logprobs[token]
-            reported.selected_token_ranks[index] = (logprobs >= logprobs[token]).sum()
-
-
 def _attach(output: Any, sent: Messages, index: Mapping[str, int]) -> None:
     """Results ride home as the pooling output of the step, which generating requests don't use; our scheduler unpacks them."""
     if sent:
-        result = getattr(output, "_model_runner_output", output)  # async scheduling wraps it
+        # Async scheduling wraps it, and V2 always does.
+        result = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", output)
         result.pooler_output = sent.packed(index)

@@ -172,7 +172,7 @@ class Executor:
         self._go_on(ready, step)
 
     def enter_logits(self) -> None:
-        """From here on each request has one row: its last token's, at its index in the batch."""
+        """From here on each request has one row, its last token's."""
         self._is_at_logits = True
 
     def at_tap(self, tap: int, tensors: Tensors) -> None:
@@ -193,6 +193,8 @@ class Executor:
 
     def leave_logits(self) -> None:
         """The model is done and the logits are there: only the drawn token is still to come."""
+        if self._step is not None:
+            self._step = self._step.after_logits()
         for tap in [tap for tap in self._waiting if tap != SAMPLES_TAP]:
             self._active_pop(tap)
             for unit in self._waiting.pop(tap):
@@ -420,9 +422,8 @@ class Executor:
         assert name is not None and self._step is not None
         request.order = self._table.orders[name]
         index = self._step.index[request.id]
-        start = index if self._is_at_logits else int(self._step.starts[index])
-        stop = index + 1 if self._is_at_logits else int(self._step.starts[index + 1])
-        request.place = Place(name, self._table.sites[name], tensors, slice(start, stop))
+        rows = self._step.rows(index, self._is_at_logits)
+        request.place = Place(name, self._table.sites[name], tensors, rows)
 
     def _arrive_together(self, group: Group, tensors: Tensors) -> None:
         name = group.site

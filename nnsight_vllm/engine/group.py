@@ -236,7 +236,7 @@ class Group:
             counts = step.starts[at + 1] - step.starts[at]
             is_single = at_logits or bool((counts == 1).all())
             ragged = single_rows(len(self)) if is_single else Ragged(counts)
-            known = step, Layout(at if at_logits else step.starts[at], ragged)
+            known = step, Layout(step.logits_rows(at) if at_logits else step.starts[at], ragged)
             self._layouts[at_logits] = known
         return known[1]
 

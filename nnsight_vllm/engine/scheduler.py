@@ -31,6 +31,7 @@ from vllm.v1.request import RequestStatus
 
 from nnsight_vllm.engine.bundles import Bundles
 from nnsight_vllm.engine.compat import LINKS, RELEASED, graph_of, may_be_cut, most_cached
+from nnsight_vllm.engine.drafts import DraftPolicy, refuse_other_methods
 from nnsight_vllm.engine.messages import Packed, message_of
 from nnsight_vllm.engine.salting import salt_from, set_apart
 from nnsight_vllm.errors import EngineSettingError
@@ -47,6 +48,7 @@ class Policy:
     finish_requests: Any
     block_size: int
     hash_block_size: int
+    num_spec_tokens: int
     requests: dict[str, Any]
     current_step: int
     _preempt_request: Any
@@ -185,7 +187,8 @@ class Policy:
     def _first_too_long(self) -> Any | None:
         budget = self.max_num_scheduled_tokens - sum(map(_missing, filter(self._may_run, self.running)))
         for request in filter(self._may_run, self.waiting):
-            missing = _missing(request)
+            # With speculative decoding a prompt of which one token is left is filled up with placeholders.
+            missing = max(_missing(request), 1 + self.num_spec_tokens)
             if missing > budget and self._is_worth_waiting(request, missing):
                 return request
             budget -= missing
@@ -199,16 +202,17 @@ class Policy:
         return _is_whole(request) and missing <= self.max_num_scheduled_tokens and request.num_preemptions == 0
 
 
-class SyncScheduler(Policy, VllmScheduler):
+class SyncScheduler(Policy, DraftPolicy, VllmScheduler):
     """vLLM's scheduler, with rules for graphs."""
 
 
-class AsyncScheduler(Policy, VllmAsyncScheduler):
+class AsyncScheduler(Policy, DraftPolicy, VllmAsyncScheduler):
     """vLLM's scheduler for asynchronous scheduling, with rules for graphs."""
 
 
 def Scheduler(**kwargs: Any) -> SyncScheduler | AsyncScheduler:
     """The scheduler for an engine's configuration; this is what `scheduler_cls` names."""
+    refuse_other_methods(kwargs["vllm_config"].speculative_config)
     config = kwargs["vllm_config"].scheduler_config
     if config.long_prefill_token_threshold > 0:
         raise EngineSettingError(

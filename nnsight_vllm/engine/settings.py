@@ -23,15 +23,22 @@ def _above_one(value: object) -> bool:
     return isinstance(value, int) and value > 1
 
 
+def _is_no_ngram(value: object) -> bool:
+    """A config of speculative decoding, or a method or model named by itself; the worker sees what vLLM made of it."""
+    if isinstance(value, dict):
+        value = value.get("method") or value.get("model")
+    return bool(value) and value not in ("ngram", "[ngram]")
+
+
 _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
     "tensor_parallel_size": (_above_one, "tensor parallelism isn't supported yet"),
     "pipeline_parallel_size": (_above_one, "pipeline parallelism isn't supported yet"),
     "data_parallel_size": (_above_one, "data parallelism isn't supported yet"),
     "prefill_context_parallel_size": (_above_one, "context parallelism isn't supported yet"),
     "decode_context_parallel_size": (_above_one, "context parallelism isn't supported yet"),
-    "speculative_config": (bool, "speculative decoding isn't supported yet"),
-    "spec_method": (bool, "speculative decoding isn't supported yet"),
-    "spec_model": (bool, "speculative decoding isn't supported yet"),
+    "speculative_config": (_is_no_ngram, "of the methods of speculative decoding only 'ngram' is supported"),
+    "spec_method": (_is_no_ngram, "of the methods of speculative decoding only 'ngram' is supported"),
+    "spec_model": (_is_no_ngram, "of the methods of speculative decoding only 'ngram' is supported"),
     "enable_lora": (bool, "LoRA isn't supported yet"),
     "enable_dbo": (bool, "running a step as micro-batches isn't supported yet"),
     "kv_sharing_fast_prefill": (bool, "it leaves out rows of the prompt in the later layers"),
@@ -49,8 +56,6 @@ def check_arguments(arguments: dict[str, object]) -> None:
             raise EngineSettingError(f"{name}={arguments[name]!r}: {reason}")
     if arguments.get("runner", "auto") not in {"auto", "generate"}:
         raise EngineSettingError(f"runner={arguments['runner']!r}: only generating models take graphs")
-    if os.environ.get(_ENV_RUNNER, "0") not in {"", "0"}:
-        raise EngineSettingError(f"{_ENV_RUNNER}={os.environ[_ENV_RUNNER]}: the V2 model runner isn't supported yet")
 
 
 def check_sites(sites: object) -> None:
@@ -79,8 +84,8 @@ def engine_arguments(
     """
     check_arguments(arguments)
     check_sites(sites)
-    os.environ[_ENV_RUNNER] = "0"  # where Triton is present vLLM would choose its V2 runner
     if _is_on_cpu():
+        os.environ.setdefault(_ENV_RUNNER, "0")  # V2's kernels need Triton, whose CPU builds are rare
         # vLLM stores code compiled ahead of time that its CPU build can't load; torch's own cache works there.
         os.environ.setdefault(_ENV_AHEAD, "0")
     extra = arguments.get("additional_config") or {}

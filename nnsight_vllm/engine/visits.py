@@ -96,9 +96,8 @@ def _rows(unit: Unit, step: Step, at_logits: bool) -> tuple[Ints, Ints]:
     if isinstance(unit, Group):
         layout = unit.layout(step, at_logits)
         return layout.starts, layout.ragged.counts
-    at = step.index[unit.id]
-    rows = (at, 1) if at_logits else (int(step.starts[at]), int(step.starts[at + 1] - step.starts[at]))
-    return as_ints([rows[0]]), as_ints([rows[1]])
+    rows = step.rows(step.index[unit.id], at_logits)
+    return as_ints([rows.start]), as_ints([rows.stop - rows.start])
 
 
 def _is_same(known: _Laid, units: list[Unit], starts: Ints, counts: Ints) -> bool:

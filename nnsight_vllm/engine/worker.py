@@ -37,7 +37,7 @@ class Worker(_Base):
 
     def init_device(self) -> None:
         with refusal.sent(compat.settings_of(self.vllm_config).get(refusal.KEY)):
-            compat.require_supported(self.vllm_config)
+            compat.require_supported()
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class Worker(_Base):
         with refusal.sent(settings.get(refusal.KEY)):
             self.instrumented = instrument(self.model_runner.get_model(), self.vllm_config, settings["sites"])
         compat.salt_compile_cache(self.vllm_config, self.instrumented.fingerprint)
-        self.seam = compat.Seam(self.model_runner)
+        self.seam = compat.Seam(compat.runner_of(self.model_runner, self.vllm_config))
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -88,7 +88,7 @@ class Worker(_Base):
     def _start(self) -> None:
         """Learn the sites from one forward, then be ready for graphs."""
         logits: list[torch.Tensor] = []
-        found = self.instrumented.probe(lambda: logits.append(compat.probing_forward(self.model_runner)))
+        found = self.instrumented.probe(lambda: logits.append(self.seam.probing_forward()))
         dtype = str(logits[-1].dtype).removeprefix("torch.")
         order = 1 + max((site.order for site in found.sites), default=-1)
         draws = draw_sites(order, logits[-1].shape[-1], dtype)

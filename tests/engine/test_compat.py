@@ -10,12 +10,7 @@ from nnsight_vllm.errors import EngineSettingError
 def test_another_vllm_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     with pytest.raises(EngineSettingError, match=r"vLLM 0\.32\.\*; this is 0\.33\.1"):
-        compat.require_supported(SimpleNamespace(use_v2_model_runner=False))
-
-
-def test_the_v2_runner_is_refused_by_its_variable() -> None:
-    with pytest.raises(EngineSettingError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        compat.require_supported(SimpleNamespace(use_v2_model_runner=True))
+        compat.require_supported()
 
 
 def test_the_fingerprint_enters_what_vllm_hashes_and_other_settings_stay() -> None:

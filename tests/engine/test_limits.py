@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from nnsight_vllm.errors import EngineSettingError, RefusedError
 if TYPE_CHECKING:
     from conftest import Engines
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 PROMPT = [5 + i % 90 for i in range(70)]
 
 
@@ -25,7 +27,11 @@ PROMPT = [5 + i % 90 for i in range(70)]
         {"tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2},
         {"data_parallel_size": 2},
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"speculative_config": {"method": "eagle3", "model": "somewhere", "num_speculative_tokens": 2}},
+        {"speculative_config": {"model": "somewhere", "num_speculative_tokens": 2}},
+        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+        {"spec_method": "mtp"},
+        {"spec_model": "somewhere"},
         {"enable_lora": True},
         {"enable_dbo": True},
         {"kv_sharing_fast_prefill": True},
@@ -43,10 +49,18 @@ def test_a_setting_that_graphs_do_not_support_is_refused_by_name_before_the_engi
         VLLM("no-such-checkpoint", **setting)
 
 
-def test_the_v2_runner_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(EngineSettingError, match="VLLM_USE_V2_MODEL_RUNNER"):
-        VLLM("no-such-checkpoint")
+@pytest.mark.parametrize("chosen", ["0", "1"])
+def test_the_users_choice_of_a_model_runner_stays(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    monkeypatch.setenv(RUNNER, chosen)
+    engine_arguments({}, "all")
+    assert os.environ[RUNNER] == chosen
+
+
+def test_on_a_cpu_the_v1_runner_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUNNER, "")
+    monkeypatch.delenv(RUNNER)
+    engine_arguments({}, "all")
+    assert os.environ[RUNNER] == "0"
 
 
 @pytest.mark.parametrize("sites", ["block", "model.layers.*", "", 3, None, [1], ["model.layers.0", ""], {"model": 1}])
@@ -74,7 +88,7 @@ def test_a_name_that_no_model_hub_gives_is_refused_by_name() -> None:
 
 
 def test_the_users_additional_config_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setenv(RUNNER, "0")
     arguments = engine_arguments({"additional_config": {"mine": 1}, "seed": 3}, ["b", "a"])
     assert arguments["additional_config"] == {"mine": 1, "nnsight_vllm": {"sites": ["a", "b"]}}
     assert arguments["seed"] == 3

@@ -65,6 +65,7 @@ class Whole(Policy, Base):
         self.running = list(running)
         self.max_num_scheduled_tokens = BUDGET
         self.block_size = 16
+        self.num_spec_tokens = 0
         self.num_free = 1000
         self.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=lambda: self.num_free))
 
@@ -91,6 +92,13 @@ def test_tokens_still_in_flight_count() -> None:
     in_flight = FakeRequest("r", 30, num_computed_tokens=30, num_output_placeholders=1)
     assert Whole([FakeRequest("a", 99, True)], [in_flight]).schedule() == ["a"]
     assert Whole([FakeRequest("a", 100, True)], [in_flight]).schedule() == []
+
+
+def test_room_is_left_for_the_placeholders_of_a_prompt_that_is_almost_cached() -> None:
+    scheduler = Whole([FakeRequest("a", 1), FakeRequest("b", 98, True)])
+    scheduler.num_spec_tokens = 3
+    assert scheduler.schedule() == ["a"]
+    assert names(scheduler) == ["b"]
 
 
 def test_plain_prompts_and_those_that_may_be_cut_are_never_held() -> None:
@@ -124,7 +132,8 @@ def test_the_queue_is_whole_again_after_an_error() -> None:
 
 
 def test_a_setting_that_would_cut_prompts_is_refused() -> None:
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(long_prefill_token_threshold=8))
+    limits = SimpleNamespace(long_prefill_token_threshold=8)
+    config = SimpleNamespace(scheduler_config=limits, speculative_config=None)
     with pytest.raises(EngineSettingError, match="long_prefill_token_threshold=8"):
         Scheduler(vllm_config=config)
 
