@@ -22,12 +22,14 @@ venv: $(STAMP)
 demo: $(STAMP)
 	$(RUN) examples/quickstart.py
 
-# These run engines inside the test process, which vLLM then binds to a core: they get processes of their own.
+# These run engines inside the test process, which vLLM then binds to a core: they get processes of their own. So do those that are
+# run once more with vLLM's V2 model runner, in Triton's interpreter.
 INSIDE := tests/engine/test_parity.py tests/engine/test_churn.py
 
 test: $(STAMP)
 	$(RUN) -m pytest $(addprefix --ignore ,$(INSIDE)) $(ARGS)
 	for file in $(INSIDE); do $(RUN) -m pytest $$file $(ARGS) || exit 1; done
+	VLLM_USE_V2_MODEL_RUNNER=1 $(RUN) -m pytest -m v2 $(addprefix --ignore ,$(INSIDE)) tests/engine $(ARGS)
 
 fuzz: $(STAMP)
 	NNSIGHT_VLLM_FUZZ=5000 $(RUN) -m pytest tests/engine/test_churn.py -k fuzzed -s $(ARGS)

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import v2_on_cpu
 
 from nnsight_vllm import demo_model
 
 if TYPE_CHECKING:
     from nnsight_vllm import VLLM
+
+if v2_on_cpu.IS_CHOSEN:
+    v2_on_cpu.install()
 
 MAX_ENGINES = 2
 ENGINE_DEFAULTS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "seed": 0}

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import v2_on_cpu
 
 from nnsight_vllm.graph.results import Delta
 from nnsight_vllm.graph.wire import decode_deltas
@@ -40,7 +41,8 @@ class RawEngine:
     def __init__(self, checkpoint: str, **keywords: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+            if not v2_on_cpu.IS_CHOSEN:
+                patch.setenv(v2_on_cpu.VARIABLE, "0")
             self.llm = _start(checkpoint, keywords)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.worker = self.core.model_executor.driver_worker.worker

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nnsight_vllm.engine.sites import Direct, Site, Slot
@@ -20,7 +21,10 @@ SAMPLES_TAP = -2
 
 @dataclass
 class Samples:
-    """The drawn ids: a tap's one tensor is [requests, 1]. The engine goes on from what is written."""
+    """The drawn ids: a tap's one tensor is [requests, most tokens of one]. The engine goes on from what is written.
+
+    A request with a graph has one token, the first.
+    """
 
     info: SiteInfo
     vocab_size: int
@@ -28,7 +32,8 @@ class Samples:
     compares: bool = True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
-        return tensors[0][rows, 0].long()
+        # A copy, whatever type and layout the runner has: V1 has int32, V2 and speculative decoding int64.
+        return tensors[0][rows, 0].to(torch.int64, copy=True, memory_format=torch.contiguous_format)
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
         outside = (new < 0) | (new >= self.vocab_size)
