@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import v2_on_cpu
 
 import nnsight_vllm as nv
 from nnsight_vllm.errors import InterventionError
@@ -230,7 +231,8 @@ def assert_each_gets_what_it_gets_alone(model: VLLM, asked: list[Asked]) -> None
 @pytest.fixture
 def tiny(engines: Engines, tiny_checkpoint: Callable[[str], str]) -> Iterator[VLLM]:
     """Ten requests and 64 tokens a step: 32 requests change places, and longer prompts are computed in pieces."""
-    model = engines(tiny_checkpoint("llama"), max_model_len=128, max_num_batched_tokens=64, max_num_seqs=10)
+    limits = {"max_model_len": 128, "max_num_batched_tokens": 64, "max_num_seqs": 10}
+    model = engines(tiny_checkpoint("llama"), enforce_eager=v2_on_cpu.IS_CHOSEN, **limits)
     yield model
     model.check_integrity()
 
@@ -241,6 +243,7 @@ def test_a_wrong_row_exceeds_the_tolerance() -> None:
     assert difference([right, [right]], [right, [right + 0.01]]) > TOLERANCE
 
 
+@pytest.mark.v2
 def test_in_a_mixed_batch_each_request_gets_what_it_gets_alone(tiny: VLLM) -> None:
     assert_each_gets_what_it_gets_alone(tiny, mixed(vocabulary=500, longest_plain=100))
 
@@ -253,6 +256,7 @@ def test_in_a_mixed_batch_of_the_demo_model_each_request_gets_what_it_gets_alone
     model.check_integrity()
 
 
+@pytest.mark.v2
 def test_the_next_owner_of_a_cache_block_inherits_no_infinities(tiny: VLLM) -> None:
     ask = Asked(plain, [5, 17, 33, 90, 41, 7], 6)
     (before,) = run(tiny, ask)

@@ -124,8 +124,8 @@ def draws(model: VLLM, tracer: Any) -> list[Any]:
 
 
 PROGRAMS = [
-    saves_every_step,
-    edits_every_step,
+    pytest.param(saves_every_step, marks=pytest.mark.v2),
+    pytest.param(edits_every_step, marks=pytest.mark.v2),
     edits_the_last_row,
     spreads_a_mean,
     carries_state,
@@ -190,6 +190,7 @@ def test_several_samples_of_a_request_start_again_together(model: VLLM) -> None:
         assert [len(sample) for sample in rows] == [NUM_TOKENS] * 2
 
 
+@pytest.mark.v2
 def test_requests_without_graphs_are_evicted_first(model: VLLM) -> None:
     before = model.stats().restarted
     results = []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nnsight_vllm import VLLM
 
+pytestmark = pytest.mark.v2
 BLOCK = 32
 TOLERANCE = 2e-5  # a prompt's end alone and the whole prompt: other shapes, other sums
 Program = Callable[["VLLM", Any], Any]
