@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import v2_on_cpu
 from checkpoints import VOCAB
 from raw_engine import Answer, RawEngine
 from toy import graph, value_of
@@ -154,7 +153,6 @@ def test_a_token_outside_the_vocabulary_fails_its_request_only(engine: RawEngine
     assert good.tokens == engine.generate(plain(PROMPT, max_tokens=3))[0].tokens
 
 
-@pytest.mark.skipif(v2_on_cpu.IS_CHOSEN, reason="Triton's interpreter can't run the grammar kernel of vLLM's V2 runner")
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 def test_an_edit_of_the_token_is_refused_under_structured_outputs(engine: RawEngine) -> None:
     from vllm.sampling_params import StructuredOutputsParams
