@@ -36,7 +36,10 @@ class _Start:
     def engine(self) -> Engine:
         with self._lock:
             if self._running is None:
-                self._running = self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
+                try:
+                    self._running = self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
+                except AttributeError as error:  # from a property, Python would go on to look for a module of that name
+                    raise RuntimeError(f"the engine didn't start: {error}") from error
             return self._running
 
     def _class(self) -> type[Engine]:

@@ -66,6 +66,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         nnsight_vllm.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_a_missing_attribute_while_the_engine_starts_is_no_missing_module(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = nnsight_vllm.VLLM(str(tmp_path))
+    monkeypatch.setattr("nnsight_vllm.model._Start._class", lambda start: start.nonsense)
+    with pytest.raises(RuntimeError, match=r"the engine didn't start: .*nonsense"):
+        model.llm  # noqa: B018
+
+
 @pytest.mark.parametrize("name", ["kernels", "server"])
 def test_a_linked_folder_is_a_relative_link_and_imports_from_anywhere(name: str, tmp_path: Path) -> None:
     link = ROOT / "nnsight_vllm" / name
