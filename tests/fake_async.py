@@ -1,4 +1,4 @@
-"""The model of fake_model.py in async mode: its backend answers on a thread of its own, with the pieces it was given."""
+"""The model of fake_model.py in async mode: its backend answers on a thread of its own, with the notices it was given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fake_model import FakeBackend, FakeModel
 
 from nnsight_vllm.trace.async_tracer import AsyncTracer
 from nnsight_vllm.trace.backend import Outcome, Request
-from nnsight_vllm.trace.events import Piece, Receive
+from nnsight_vllm.trace.events import Notice, Receive
 
 
 @dataclass
@@ -33,9 +33,9 @@ class FakeRun:
 
 @dataclass
 class FakeAsyncBackend(FakeBackend):
-    """With `answers` a run ends by itself, after its pieces; without, the test ends it."""
+    """With `answers` a run ends by itself, after its notices; without, the test ends it."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
     answers: bool = True
     runs: list[FakeRun] = field(default_factory=list)
 
@@ -47,19 +47,19 @@ class FakeAsyncBackend(FakeBackend):
         return run
 
     def answer(self, run: FakeRun) -> None:
-        for piece in self.pieces if run.receive else ():
+        for notice in self.notices if run.receive else ():
             assert run.receive is not None
-            run.receive(piece)
+            run.receive(notice)
         run.outcomes.set_result(self.run(run.requests, {}))
 
 
 class FakeAsyncModel(FakeModel):
     """What `VLLM(mode="async")` is to the user."""
 
-    def __init__(self, *pieces: Piece, answers: bool = True, **values: object) -> None:
+    def __init__(self, *notices: Notice, answers: bool = True, **values: object) -> None:
         super().__init__()
         self.__dict__["backend"] = FakeAsyncBackend(
-            self.backend.tree, values=dict(values), pieces=list(pieces), answers=answers
+            self.backend.tree, values=dict(values), notices=list(notices), answers=answers
         )
 
     @property

@@ -1,4 +1,4 @@
-"""One go of one request through vLLM's asynchronous engine: what it sends home, and the pieces that are made of it."""
+"""One go of one request through vLLM's asynchronous engine: what it sends home, and the notices that are made of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnsight_vllm.engine.collect import Collected, Fresh
 from nnsight_vllm.engine.front import outcome_of, reason_of
 from nnsight_vllm.graph.results import Delta
 from nnsight_vllm.trace.backend import Outcome
-from nnsight_vllm.trace.events import Piece, Receive
+from nnsight_vllm.trace.events import Notice, Receive
 
 
 class Attempt:
@@ -32,32 +32,32 @@ class Attempt:
 
     def hear(self, output: Any) -> None:
         try:
-            self._tell(list(self._pieces(output)))
+            self._tell(list(self._notices(output)))
         except Exception as error:
             self._fail(error)
 
-    def outcome(self, output: Any) -> tuple[Outcome, list[Piece]]:
-        """What became of the request, and the pieces that nobody was told yet; `output` is the last one."""
-        pieces = list(self._pieces(output)) if self.wants_steps else []
+    def outcome(self, output: Any) -> tuple[Outcome, list[Notice]]:
+        """What became of the request, and the notices that nobody was told yet; `output` is the last one."""
+        notices = list(self._notices(output)) if self.wants_steps else []
         for completion in output.outputs:
             self._latest[completion.index] = completion
         output.outputs = [self._latest[sample] for sample in sorted(self._latest)]
         collected = [self._of(completion.index) for completion in output.outputs]
         for found in collected:
             found.read_sheets()
-        return outcome_of(output, collected), pieces
+        return outcome_of(output, collected), notices
 
     def _of(self, sample: int) -> Collected:
         if sample not in self._collected:
             self._collected[sample] = Collected(fresh=Fresh() if self.wants_steps else None)
         return self._collected[sample]
 
-    def _tell(self, pieces: list[Piece]) -> None:
+    def _tell(self, notices: list[Notice]) -> None:
         assert self._receive is not None
-        for piece in pieces:
-            self._receive(piece)
+        for notice in notices:
+            self._receive(notice)
 
-    def _pieces(self, output: Any) -> Iterator[Piece]:
+    def _notices(self, output: Any) -> Iterator[Notice]:
         for completion in output.outputs:
             self._latest[completion.index] = completion
             found = self._of(completion.index)
@@ -65,7 +65,7 @@ class Attempt:
             self._told[completion.index] = len(completion.text), len(completion.token_ids)
             fresh = found.take_fresh()
             reason = completion.finish_reason
-            yield Piece(
+            yield Notice(
                 self._request,
                 completion.index,
                 completion.text[num_characters:],

@@ -19,7 +19,7 @@ from nnsight_vllm.engine.related import Related, Tied
 from nnsight_vllm.errors import AdmissionError
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Outcome, Request
-from nnsight_vllm.trace.events import Piece, Receive
+from nnsight_vllm.trace.events import Notice, Receive
 
 if TYPE_CHECKING:
     from nnsight_vllm.engine.async_front import AsyncEngine
@@ -104,18 +104,18 @@ class Flight:
                 turnover.leave(is_evicted=found is not None and found[0].is_evicted)
             if found is None or self.is_aborted:
                 return None
-            outcome, pieces = found
+            outcome, notices = found
             if not outcome.is_evicted or not await turnover.next(since):
-                self._tell(pieces)
+                self._tell(notices)
                 return outcome
             if not self.is_aborted:
                 self._engine.num_restarted += 1
-                self._tell([Piece(index, restarted=True)] if self._receive else [])
+                self._tell([Notice(index, restarted=True)] if self._receive else [])
                 attempt = self._again(index)
         attempt.close()
         return None
 
-    async def _again(self, index: int) -> tuple[Outcome, list[Piece]] | None:
+    async def _again(self, index: int) -> tuple[Outcome, list[Notice]] | None:
         """Once more, with those who make its values; of theirs nobody hears."""
         together = self._related.in_order(self._related.with_makers([index]))
         links = self._related.links(together)
@@ -130,7 +130,7 @@ class Flight:
 
     async def _attempt(
         self, index: int, links: Mapping[int, bytes], receive: Receive | None
-    ) -> tuple[Outcome, list[Piece]] | None:
+    ) -> tuple[Outcome, list[Notice]] | None:
         """None if the flight was given up."""
         request = self._requests[index]
         tied = Tied(links.get(index), self._seeds.get(index))
@@ -145,10 +145,10 @@ class Flight:
         if self.is_aborted:
             return None
         with garbage.paused():
-            outcome, pieces = attempt.outcome(output)
-        if pieces:
-            pieces[-1] = replace(pieces[-1], result=outcome.result)
-        return outcome, pieces
+            outcome, notices = attempt.outcome(output)
+        if notices:
+            notices[-1] = replace(notices[-1], result=outcome.result)
+        return outcome, notices
 
     async def _last_output(self, id: str, prompt: Any, params: Any, wants_steps: bool) -> Any:
         queue = await self._engine.send(id, prompt, params, wants_steps)
@@ -163,11 +163,11 @@ class Flight:
         finally:
             self._sent.discard(queue.request_id)
 
-    def _tell(self, pieces: list[Piece]) -> None:
+    def _tell(self, notices: list[Notice]) -> None:
         try:
-            for piece in pieces:
+            for notice in notices:
                 assert self._receive is not None
-                self._receive(piece)
+                self._receive(notice)
         except Exception as error:  # the consumer's loop is gone
             self.give_up(error)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.edits import Standing
-from nnsight_vllm.trace.events import AsyncBackend, Event, Piece, Receive, Run
+from nnsight_vllm.trace.events import AsyncBackend, Event, Notice, Receive, Run
 from nnsight_vllm.trace.naming import names_of_saves
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.stream import Stream, ended
@@ -116,27 +116,27 @@ class AsyncTracer(Tracer):
         self.fail_recorders()
         self._forget_frames()
 
-    def event(self, piece: Piece) -> Event:
-        """A piece in the user's terms."""
-        names = self._names[piece.request]
-        values = {name: value for slot, value in piece.values.items() for name in names.get(slot, [slot])}
-        if piece.result is not None:
-            values.update(dict.fromkeys(names.get("result", ()), piece.result))
+    def event(self, notice: Notice) -> Event:
+        """A notice in the user's terms."""
+        names = self._names[notice.request]
+        values = {name: value for slot, value in notice.values.items() for name in names.get(slot, [slot])}
+        if notice.result is not None:
+            values.update(dict.fromkeys(names.get("result", ()), notice.result))
         failure = None
-        if piece.failure is not None:
-            invoke = self.invokes[piece.request]
-            failure = error_of(invoke.line_of(piece.failure), piece.failure, invoke.source_of(piece.failure))
+        if notice.failure is not None:
+            invoke = self.invokes[notice.request]
+            failure = error_of(invoke.line_of(notice.failure), notice.failure, invoke.source_of(notice.failure))
         return Event(
-            piece.request,
-            piece.sample,
-            piece.text,
-            piece.token_ids,
+            notice.request,
+            notice.sample,
+            notice.text,
+            notice.token_ids,
             values,
-            frozenset(name for slot in piece.replaced for name in names.get(slot, [slot])),
-            piece.logs,
-            piece.finish_reason,
+            frozenset(name for slot in notice.replaced for name in names.get(slot, [slot])),
+            notice.logs,
+            notice.finish_reason,
             failure,
-            piece.restarted,
+            notice.restarted,
         )
 
     def _forget_frames(self) -> None:

@@ -37,10 +37,10 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Notice:
     """An event as the engine has it: `values` and `replaced` by the names of the graph's saves.
 
-    `result` comes with the last piece of a request.
+    `result` comes with the last notice of a request.
     """
 
     request: int
@@ -56,7 +56,7 @@ class Piece:
     restarted: bool = False
 
 
-Receive = Callable[[Piece], None]
+Receive = Callable[[Notice], None]
 
 
 class Run(Protocol):
@@ -72,4 +72,4 @@ class AsyncBackend(Backend, Protocol):
     """An engine that runs traces while their callers do something else."""
 
     def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> Run:
-        """Send the requests off. `receive` gets pieces as they come, on a thread of the engine's; it mustn't block."""
+        """Send the requests off. `receive` gets notices as they come, on a thread of the engine's; it mustn't block."""

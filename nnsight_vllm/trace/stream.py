@@ -1,6 +1,6 @@
 """The events of a trace that runs, for `async for`.
 
-The engine posts pieces from a thread of its own into a queue of the consumer's event loop, which grows as long as the
+The engine posts notices from a thread of its own into a queue of the consumer's event loop, which grows as long as the
 consumer is slow; nothing is merged. A stream that is left early, closed or forgotten ends its requests.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from nnsight_vllm.trace.events import Event, Piece, Receive, Run
+from nnsight_vllm.trace.events import Event, Notice, Receive, Run
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,10 +27,10 @@ class Stream:
     def __init__(self, tracer: AsyncTracer) -> None:
         loop = asyncio.get_running_loop()
         self._tracer = tracer
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self._run = tracer.start(_receiver(loop, self._pieces))
+        self._notices: asyncio.Queue[Notice | None] = asyncio.Queue()
+        self._run = tracer.start(_receiver(loop, self._notices))
         self._is_over = False
-        self._run.outcomes.add_done_callback(_ending(loop, self._pieces))
+        self._run.outcomes.add_done_callback(_ending(loop, self._notices))
 
     def __aiter__(self) -> Self:
         return self
@@ -39,15 +39,15 @@ class Stream:
         if self._is_over:
             raise StopAsyncIteration
         try:
-            piece = await self._pieces.get()
+            notice = await self._notices.get()
         except BaseException:  # cancelled, timed out, or thrown away
             self._leave()
             raise
-        if piece is None:
+        if notice is None:
             self._is_over = True
             self._tracer.finish(self._run)
             raise StopAsyncIteration
-        return self._tracer.event(piece)
+        return self._tracer.event(notice)
 
     async def aclose(self) -> None:
         """End the requests, unless they are over, and wait until nothing of them is left in the engine."""
@@ -80,18 +80,18 @@ async def ended(run: Run) -> None:
     await asyncio.wait([waiting])
 
 
-def _receiver(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece | None]) -> Receive:
+def _receiver(loop: asyncio.AbstractEventLoop, notices: asyncio.Queue[Notice | None]) -> Receive:
     """Not a method: the engine mustn't keep the stream, whose end as an object says that nobody listens."""
 
-    def receive(piece: Piece) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)  # raises if the loop is closed
+    def receive(notice: Notice) -> None:
+        loop.call_soon_threadsafe(notices.put_nowait, notice)  # raises if the loop is closed
 
     return receive
 
 
-def _ending(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece | None]) -> Callable[[object], None]:
+def _ending(loop: asyncio.AbstractEventLoop, notices: asyncio.Queue[Notice | None]) -> Callable[[object], None]:
     def end(_: object) -> None:
         if not loop.is_closed():
-            loop.call_soon_threadsafe(pieces.put_nowait, None)
+            loop.call_soon_threadsafe(notices.put_nowait, None)
 
     return end

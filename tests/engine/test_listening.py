@@ -15,7 +15,7 @@ from nnsight_vllm.engine.attempt import Attempt
 from nnsight_vllm.engine.listening import ListenedCollector
 from nnsight_vllm.graph.results import Delta, ListValue, Saved
 from nnsight_vllm.graph.wire import encode_delta
-from nnsight_vllm.trace.events import Piece
+from nnsight_vllm.trace.events import Notice
 
 
 class Processor:
@@ -54,15 +54,15 @@ def refuse(error: Exception) -> None:
 
 
 def test_steps_that_nobody_read_in_between_are_heard_one_by_one() -> None:
-    pieces: list[Piece] = []
+    notices: list[Notice] = []
     processor = Processor()
     collector: Any = ListenedCollector(processor)
-    attempt = Attempt(4, pieces.append, refuse)
+    attempt = Attempt(4, notices.append, refuse)
     collector.listen("r", attempt)
     for number in range(3):
         processor.process_outputs([step(number)])
     processor.process_outputs([step(3, "length")])
-    assert [(p.request, p.text, p.token_ids, p.values, p.logs) for p in pieces] == [
+    assert [(p.request, p.text, p.token_ids, p.values, p.logs) for p in notices] == [
         (4, "x", (number,), {"s0": [number]}, (f"line {number}",)) for number in range(3)
     ]
     outcome, last = attempt.outcome(processor.queue.get_nowait())
@@ -78,15 +78,15 @@ def test_who_wants_the_end_only_is_left_alone() -> None:
     collector.listen("r", attempt)
     processor.process_outputs([step(0)])
     processor.process_outputs([step(1, "length")])
-    outcome, pieces = attempt.outcome(processor.queue.get_nowait())
-    assert (outcome.samples[0].values, pieces) == ({"s0": [0, 1]}, [])
+    outcome, notices = attempt.outcome(processor.queue.get_nowait())
+    assert (outcome.samples[0].values, notices) == ({"s0": [0, 1]}, [])
 
 
 def test_what_goes_wrong_for_one_listener_is_its_own() -> None:
     errors: list[Exception] = []
     processor = Processor()
     collector: Any = ListenedCollector(processor)
-    attempt = Attempt(0, lambda piece: refuse(RuntimeError("the loop is closed")), errors.append)
+    attempt = Attempt(0, lambda notice: refuse(RuntimeError("the loop is closed")), errors.append)
     collector.listen("r", attempt)
     processor.process_outputs([step(0)])
     collector.forget("r")
@@ -102,6 +102,6 @@ def test_what_goes_wrong_for_one_listener_is_its_own() -> None:
 def test_requests_of_others_pass(wants_steps: bool) -> None:
     processor = Processor()
     collector: Any = ListenedCollector(processor)
-    collector.listen("somebody", Attempt(0, (lambda piece: None) if wants_steps else None, refuse))
+    collector.listen("somebody", Attempt(0, (lambda notice: None) if wants_steps else None, refuse))
     processor.process_outputs([step(0)])
     assert processor.queue.get_nowait().outputs[0].token_ids == [0]

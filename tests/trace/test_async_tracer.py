@@ -15,7 +15,7 @@ import nnsight_vllm as nv
 from nnsight_vllm.errors import InterventionError, RefusedError, ValueNotSetError
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.backend import Completion, Result
-from nnsight_vllm.trace.events import Event, Piece
+from nnsight_vllm.trace.events import Event, Notice
 
 PROMPT = "four words of prompt"
 
@@ -190,15 +190,15 @@ def test_a_task_started_in_a_block_may_trace_after_it() -> None:
 
 def test_events_call_values_by_the_names_of_their_block() -> None:
     result = Result([Completion("text", [1], "stop")])
-    pieces = [
-        Piece(0, values={"s0": 1, "s1": [2]}, token_ids=(7,), text="a"),
-        Piece(1, values={"s0": 3, "s2": 4}, replaced=frozenset({"s0"})),
-        Piece(0, values={"s1": [5]}, finish_reason="stop", result=result),
+    notices = [
+        Notice(0, values={"s0": 1, "s1": [2]}, token_ids=(7,), text="a"),
+        Notice(1, values={"s0": 3, "s2": 4}, replaced=frozenset({"s0"})),
+        Notice(0, values={"s1": [5]}, finish_reason="stop", result=result),
     ]
     found: list[Event] = []
 
     async def main() -> None:
-        model = FakeAsyncModel(*pieces)
+        model = FakeAsyncModel(*notices)
         with model.trace() as tracer:
             for _ in range(2):
                 with tracer.invoke(PROMPT):
@@ -229,7 +229,7 @@ def test_values_without_a_name_keep_that_of_their_save_and_branches_share_theirs
     found: list[dict[str, object]] = []
 
     async def main() -> None:
-        model = FakeAsyncModel(Piece(0, values={"s0": 1, "s3": 2}))
+        model = FakeAsyncModel(Notice(0, values={"s0": 1, "s3": 2}))
         with model.trace(PROMPT) as tracer:
             h = model.model.layers[0].output[0]
             (h * 1).save()
@@ -247,7 +247,7 @@ def test_values_without_a_name_keep_that_of_their_save_and_branches_share_theirs
 
 def test_a_failure_is_an_error_with_the_line_in_its_event() -> None:
     async def main() -> None:
-        model = FakeAsyncModel(Piece(0, failure=Failure("IndexError", "no such row", 0), finish_reason="error"))
+        model = FakeAsyncModel(Notice(0, failure=Failure("IndexError", "no such row", 0), finish_reason="error"))
         with model.trace(PROMPT) as tracer:
             model.model.layers[0].output[0].save()
         (event,) = [event async for event in tracer.stream()]
@@ -322,7 +322,7 @@ def test_whoever_leaves_ends_the_requests(leave: Any) -> None:
         def start_with_a_piece(*args: Any) -> Any:
             run = start(*args)
             if run.receive is not None:
-                run.receive(Piece(0, text="first"))
+                run.receive(Notice(0, text="first"))
             return run
 
         model.backend.__dict__["start"] = start_with_a_piece
@@ -337,7 +337,7 @@ def test_whoever_leaves_ends_the_requests(leave: Any) -> None:
 
 def test_a_stream_that_ended_by_itself_aborts_nothing() -> None:
     async def main() -> None:
-        model = FakeAsyncModel(Piece(0))
+        model = FakeAsyncModel(Notice(0))
         tracer, _ = recorded(model)
         stream = tracer.stream()
         assert len([event async for event in stream]) == 1
