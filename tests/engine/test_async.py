@@ -534,7 +534,7 @@ async def leaves_while_it_waits_for_a_seat(model: VLLM) -> None:
     waiting = [long(model, number).stream() for number in range(3)]
     await greedy_is_sent(model)
     for stream in [*waiting, *seated]:
-        assert stream in seated or stream._pieces.empty()
+        assert stream in seated or stream._notices.empty()
         await stream.aclose()
 
 
