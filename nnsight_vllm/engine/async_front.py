@@ -10,7 +10,7 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from nnsight_vllm.engine.flight import PREFIX, Flight
 from nnsight_vllm.engine.front import Engine
 from nnsight_vllm.engine.listening import ListenedCollector
-from nnsight_vllm.engine.loop import LoopThread
+from nnsight_vllm.engine.loop import LoopThread, RunningLoop
 from nnsight_vllm.engine.turnover import Turnover
 from nnsight_vllm.errors import IntegrityError, InterventionError
 from nnsight_vllm.trace.backend import Outcome, Request
@@ -28,7 +28,7 @@ from nnsight_vllm.trace.events import Receive
 class AsyncEngine(Engine):
     """A running vLLM engine that takes graphs from many callers at once."""
 
-    loop: LoopThread
+    loop: RunningLoop
     listened: ListenedCollector
     _is_closed = False
 
@@ -61,6 +61,7 @@ class AsyncEngine(Engine):
             return
         self._is_closed = True
         self.loop.call(self._shut_down())
+        assert isinstance(self.loop, LoopThread)
         self.loop.stop()
 
     # -- for flights: on the loop, but for `acquire` and `release` -------------------------------------------------------
@@ -75,9 +76,7 @@ class AsyncEngine(Engine):
     def abort(self, ids: Iterable[str]) -> None:
         """Have vLLM end requests, by its own ids."""
         if ids := list(ids):
-            task = asyncio.get_running_loop().create_task(self.llm.abort(ids, internal=True))
-            self._aborting.add(task)
-            task.add_done_callback(self._aborting.discard)
+            self._wind_up(self.llm.abort(ids, internal=True))
 
     def landed(self, flight: Flight) -> None:
         """A flight is over."""
@@ -99,13 +98,18 @@ class AsyncEngine(Engine):
         self._flights.add(flight)
         flight.begin()
 
+    def _wind_up(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._winding_up.add(task)
+        task.add_done_callback(self._winding_up.discard)
+
     async def _leftovers(self) -> list[str]:
         ending = [flight.task for flight in self._flights if flight.is_aborted and flight.task is not None]
-        if waited_for := [*ending, *self._aborting]:
+        if waited_for := [*ending, *self._winding_up]:
             await asyncio.wait(waited_for)
         processor = self._core.output_processor
         found = []
-        if not self._flights:
+        if self._is_idle:
             found += [f"front end: request {id} was never finished" for id in self._states() if id.startswith(PREFIX)]
             if self.collector.pending:
                 found.append(f"front end: results of {self.collector.pending} requests are still waited for")
@@ -140,6 +144,19 @@ class AsyncEngine(Engine):
     def _core(self) -> Any:
         return self.llm
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nothing of ours runs."""
+        return not self._flights
+
+    def _prepare(self, loop: RunningLoop) -> None:
+        """Be ready for what happens on this loop."""
+        self.loop = loop
+        self.turnover = Turnover()
+        self._flights: set[Flight] = set()
+        self._winding_up: set[asyncio.Task[None]] = set()  # work that outlives who began it
+        self._storing = threading.Lock()
+
     def _open(self, model: str, **arguments: object) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -147,15 +164,11 @@ class AsyncEngine(Engine):
         async def start() -> Any:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model, **_as_llm_takes_them(arguments)))
 
-        self.turnover = Turnover()
-        self._flights: set[Flight] = set()
-        self._aborting: set[asyncio.Task[None]] = set()
-        self._storing = threading.Lock()
-        self.loop = LoopThread()
+        self._prepare(loop := LoopThread())
         try:
-            llm = self.loop.call(start())
+            llm = loop.call(start())
         except BaseException:
-            self.loop.stop()
+            loop.stop()
             raise
         atexit.register(_close, weakref.ref(self))  # else vLLM reports the end of its processes as a failure
         return llm

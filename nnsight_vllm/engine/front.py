@@ -64,8 +64,12 @@ class Engine:
             ) from error
         _refuse_import_of_main()
         with refusal.received() as file:
-            self.llm: Any = _start(self._open, model, engine_arguments(arguments, sites, file, ours))
-        self.tokenizer: Any = self.llm.get_tokenizer()
+            self._attach(_start(self._open, model, engine_arguments(arguments, sites, file, ours)), tensor_limit)
+
+    def _attach(self, llm: Any, tensor_limit: int) -> None:
+        """Take a running vLLM, whose workers are ours."""
+        self.llm: Any = llm
+        self.tokenizer: Any = llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
         self._sharing = sharing_by(self.tree.catalogue)
         self.collector = self._collect(self._core.output_processor)
@@ -297,7 +301,7 @@ def _params(request: Request, shared: Shared | None, tied: Tied) -> Any:
 
 def _salt(request: Request, shared: Shared) -> str | None:
     prompt = request.prompt.engine
-    return salt_of(shared.salt, shared.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"))
+    return salt_of(shared.salt, shared.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"), request.tenant)
 
 
 def _start(make: Callable[..., Any], model: str, arguments: dict[str, object]) -> Any:

@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own: vLLM's asynchronous engine lives there, whatever loops its users have, if any."""
+"""The event loop that vLLM's asynchronous engine lives on: on a thread of its own, or a server's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class LoopThread:
-    """Runs until it is stopped; a process may end without that."""
+class RunningLoop:
+    """A loop that runs on some thread."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="nnsight_vllm", daemon=True)
-        self._thread.start()
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        self.loop = loop
+        self._thread = thread
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it. Not from a coroutine that runs there: it would wait for itself."""
@@ -29,6 +28,15 @@ class LoopThread:
         """Call a function there soon, in the order of the posts. Nothing happens where the loop has stopped."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *arguments)
+
+
+class LoopThread(RunningLoop):
+    """A loop on a thread of its own, whatever loops its users have, if any. Runs until it is stopped; a process may end without that."""
+
+    def __init__(self) -> None:
+        loop = asyncio.new_event_loop()
+        super().__init__(loop, threading.Thread(target=loop.run_forever, name="nnsight_vllm", daemon=True))
+        self._thread.start()
 
     def stop(self) -> None:
         """Cancel what runs there and end the thread."""

@@ -97,13 +97,16 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
     return known
 
 
-def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None) -> str | None:
-    """The salt of a request's blocks. `own`: what the user asked for, which is part of it. None: plain blocks."""
+def salt_of(salt: Salt, graph: bytes, prompt: Sequence[int], own: str | None, tenant: str = "") -> str | None:
+    """The salt of a request's blocks. `own`: what the user asked for, which is part of it. None: plain blocks.
+
+    Requests of different tenants share plain blocks only.
+    """
     if salt is Salt.NONE:
         return own
     if salt is Salt.UNIQUE:
         return f"{_NAME}:{uuid.uuid4().hex}"
-    parts: list[bytes] = [graph, (own or "").encode()]
+    parts: list[bytes] = [graph, (own or "").encode(), tenant.encode()]
     if salt is Salt.LENGTH:
         parts.append(len(prompt).to_bytes(8, "little"))
     elif salt is Salt.PROMPT:

@@ -25,7 +25,8 @@ class Request:
     """One request: `graph` is its own, None where it has none; `constants` are the digests of the tensors it names.
 
     `edits` are graphs that run before its own at each site, `after` those that run behind it. `links` say what it hands to others
-    of the same run, and gets from them; the engine fills in which bundle that is.
+    of the same run, and gets from them; the engine fills in which bundle that is. `tenant`: with whose requests it may share what
+    its graphs compute.
     """
 
     prompt: Prompt
@@ -35,6 +36,7 @@ class Request:
     edits: tuple[bytes, ...] = ()
     after: tuple[bytes, ...] = ()
     links: Links | None = None
+    tenant: str = ""
 
     @property
     def graphs(self) -> tuple[bytes, ...]:

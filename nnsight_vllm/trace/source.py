@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,8 +23,19 @@ class Line:
     number: int
 
     def __str__(self) -> str:
+        if self == _NOBODYS:
+            return "in the request"
         text = linecache.getline(self.file, self.number).strip()
         return f"{self.file}:{self.number}" + (f": {text}" if text else "")
+
+
+_NOBODYS = Line("", 0)
+_is_far_away: ContextVar[bool] = ContextVar("is_far_away", default=False)
+
+
+def hide_lines() -> None:
+    """In this context the user isn't in this process: errors tell no file of it."""
+    _is_far_away.set(True)
 
 
 def user_frame() -> FrameType:
@@ -36,6 +48,8 @@ def user_frame() -> FrameType:
 
 def user_line() -> Line:
     """The line that `user_frame` stands at."""
+    if _is_far_away.get():
+        return _NOBODYS
     frame = user_frame()
     return Line(frame.f_code.co_filename, frame.f_lineno)
 

@@ -1,0 +1,140 @@
+"""One HTTP request's intervention on its way through vLLM's handlers: into the engine with each of its prompts, and back.
+
+vLLM's handlers know nothing of it. It is in the request's context, where `generate` finds it; what comes home waits here
+for the answer, by choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from nnsight_vllm.engine.compat import FIELD
+from nnsight_vllm.engine.served import Heard
+from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.graph.wire import encode
+from nnsight_vllm.server import metrics
+from nnsight_vllm.server.answers import How, Told
+from nnsight_vllm.server.edited import EditedModel
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.schema import Intervention
+from nnsight_vllm.server.short import Lowered, lower
+from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.trace.backend import Prompt, Request
+
+RESULTS = "/v1/interventions/results"
+
+current: ContextVar[Carried | None] = ContextVar("carried", default=None)
+
+
+class Carried:
+    """The intervention of a request, the edited model that it names, or both. `tenant`: whose it is."""
+
+    def __init__(
+        self, state: Interventions, tenant: str, intervention: Intervention | None, edited: EditedModel | None
+    ) -> None:
+        self.told: dict[int, Told] = {}  # by the number of the choice
+        self._state = state
+        self._tenant = tenant
+        self._intervention = intervention
+        self._edited = edited
+        self._num_choices = 0
+
+    def generate(
+        self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's `generate` with the graphs. Raises `Refused` at once, while the answer can still be an error."""
+        first, self._num_choices = self._num_choices, self._num_choices + params.n
+        request, tensors, lowered = self._lowered(prompt, params)
+        try:
+            self._state.engine.admit(request, tensors)
+        except NNsightError as error:
+            raise refused(error) from error
+        metrics.count_request(request.graphs)
+        how = How(
+            frozenset(name for name, saved in lowered.names.items() if saved.over_iterations) if lowered else frozenset(),
+            frozenset(name for name, saved in lowered.names.items() if saved.stream) if lowered else frozenset(),
+            self._state.limits.inline_result_bytes,
+            self._keep,
+        )
+        return self._through(self._state.engine.carried(generate, id, request, tensors), how, first)
+
+    async def _through(self, heard_ones: Any, how: How, first: int) -> AsyncGenerator[Any, None]:
+        with self._state.concurrent.enter(self._tenant):
+            try:
+                async for heard in heard_ones:
+                    if heard.failure is not None:
+                        raise failed(heard.failure)
+                    self._tell(heard, how, first)
+                    yield heard.output
+            finally:
+                await heard_ones.aclose()
+
+    def _tell(self, heard: Heard, how: How, first: int) -> None:
+        for sample, fresh in heard.fresh.items():
+            self.told.setdefault(first + sample, Told(how)).add(fresh)
+        for completion in heard.output.outputs:
+            told = self.told.setdefault(first + completion.index, Told(how))
+            told.is_over = completion.finish_reason is not None
+            told.is_stopped = completion.index in heard.stopped
+
+    def _lowered(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
+        if not isinstance(prompt, Mapping) or prompt.get("type") != "token":
+            raise Refused("a request with an intervention has text and token ids only", "intervention")
+        rows = len(prompt["prompt_token_ids"])
+        tensors: dict[str, bytes] = {}
+        edits: tuple[bytes, ...] = ()
+        tree = self._state.engine.tree
+        if self._edited is not None:
+            known = self._edited.tensors
+            standing = lower(self._edited.intervention, tree, rows, params.max_tokens, self._edited.tensor_of)
+            edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
+        own = None
+        if self._intervention is not None:
+            find = partial(self._state.tensors.find, self._tenant)
+            own = lower(self._intervention, tree, rows, params.max_tokens, find)
+            tensors = {**tensors, **own.tensors}
+        request = Request(
+            Prompt(rows, prompt.get("prompt"), prompt),
+            params,
+            None if own is None else encode(own.graph),
+            frozenset(tensors),
+            edits,
+            tenant=self._state.engine.tenant(self._tenant),
+        )
+        return request, tensors, own
+
+    def _keep(self, data: bytes) -> str:
+        return f"{RESULTS}/{self._state.results.add(self._tenant, data)}"
+
+
+def generate_with_graphs(generate: Callable[..., Any], prompt: Any, params: Any, id: str, **rest: Any) -> Any:
+    """In the place of the engine client's `generate`. Without an intervention it's vLLM's own call."""
+    if getattr(params, "extra_args", None) and any(str(name).startswith(FIELD) for name in params.extra_args):
+        raise Refused(f"fields that begin with {FIELD!r} are the server's own", "vllm_xargs")
+    carried = current.get()
+    if carried is None:
+        return generate(prompt, params, id, **rest)
+    return carried.generate(partial(generate, **rest), prompt, params, id)
+
+
+def refused(error: NNsightError) -> Refused:
+    """An error of ours, for a stranger."""
+    return Refused(str(error), "intervention", kind=type(error).__name__)
+
+
+def failed(failure: Failure) -> Refused:
+    """A graph that failed while it ran, for a stranger."""
+    if failure.retryable:
+        return Refused(
+            f"{failure.message}; send the request again",
+            "intervention",
+            status=HTTPStatus.TOO_MANY_REQUESTS,
+            kind=failure.kind,
+            headers={"Retry-After": "1"},
+        )
+    return Refused(f"the graph failed: {failure.message}", "intervention", kind=failure.kind)

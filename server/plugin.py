@@ -1,0 +1,68 @@
+"""vLLM's `endpoint_plugins` entry point: our routes on vLLM's app, and what they need of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from argparse import Namespace
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import State
+
+from nnsight_vllm.engine.compat import wrap
+from nnsight_vllm.engine.served import ServedEngine
+from nnsight_vllm.errors import EngineSettingError
+from nnsight_vllm.server import edited, openai, results, tensors, traces
+from nnsight_vllm.server.carried import generate_with_graphs
+from nnsight_vllm.server.edited import EditedModels
+from nnsight_vllm.server.errors import Refused, answer_refused
+from nnsight_vllm.server.limits import Concurrent, Limits
+from nnsight_vllm.server.results import ResultStore
+from nnsight_vllm.server.schema import answer_invalid
+from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.server.tenants import Tenants
+from nnsight_vllm.server.tensors import TensorStore
+from nnsight_vllm.trace.source import hide_lines
+
+NAME = "nnsight_vllm"
+
+
+async def _hide_lines() -> None:
+    hide_lines()
+
+
+class Plugin:
+    """What vLLM makes of the entry point."""
+
+    name = NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add our routes; those of vLLM's with the same path and method give way."""
+        if not getattr(app.state.args, "serves_interventions", False):
+            raise EngineSettingError("interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes")
+        for module in (openai, tensors, results, edited, traces):
+            app.include_router(module.router, dependencies=[Depends(_hide_lines)])
+        app.exception_handler(Refused)(answer_refused)
+        self._app = app
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Find out what the engine has, and stand between vLLM's handlers and it."""
+        limits = Limits.from_args(args)
+        loop, thread = asyncio.get_running_loop(), threading.current_thread()
+        engine = await asyncio.to_thread(ServedEngine, engine_client, loop, thread, limits.stored_bytes_in_all)
+        wrap(engine_client, "generate", generate_with_graphs)
+        self._app.exception_handler(RequestValidationError)(answer_invalid)
+        state.interventions = Interventions(
+            engine=engine,
+            base_names=list(args.served_model_name or [args.model]),
+            limits=limits,
+            tenants=args.intervention_tenants,
+            tensors=TensorStore(limits.stored_bytes),
+            results=ResultStore(limits.results_kept, limits.result_bytes, limits.result_seconds),
+            edited=EditedModels(args.edits_dir),
+            concurrent=Concurrent(limits.concurrent_requests),
+        )
+        assert isinstance(state.interventions.tenants, Tenants)
