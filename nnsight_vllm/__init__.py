@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nnsight_vllm.demo import demo_model as demo_model
     from nnsight_vllm.errors import AdmissionError as AdmissionError
+    from nnsight_vllm.errors import BusyError as BusyError
+    from nnsight_vllm.errors import ConnectionFailed as ConnectionFailed
     from nnsight_vllm.errors import ControlFlowError as ControlFlowError
     from nnsight_vllm.errors import DemoModelError as DemoModelError
     from nnsight_vllm.errors import EngineSettingError as EngineSettingError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from nnsight_vllm.errors import RecordError as RecordError
     from nnsight_vllm.errors import RefusedError as RefusedError
     from nnsight_vllm.errors import ScopeError as ScopeError
+    from nnsight_vllm.errors import UnauthorizedError as UnauthorizedError
     from nnsight_vllm.errors import UnknownEditError as UnknownEditError
     from nnsight_vllm.errors import UnknownModuleError as UnknownModuleError
     from nnsight_vllm.errors import ValueNotSetError as ValueNotSetError
@@ -38,11 +41,14 @@ if TYPE_CHECKING:
     from nnsight_vllm.trace.builtins import str as str
     from nnsight_vllm.trace.builtins import tuple as tuple
     from nnsight_vllm.trace.events import Event as Event
+    from nnsight_vllm.trace.record import record as record
 
 __version__ = "0.1.0"
 
 _ERRORS = (
     "AdmissionError",
+    "BusyError",
+    "ConnectionFailed",
     "ControlFlowError",
     "DemoModelError",
     "EngineSettingError",
@@ -56,6 +62,7 @@ _ERRORS = (
     "RecordError",
     "RefusedError",
     "ScopeError",
+    "UnauthorizedError",
     "UnknownEditError",
     "UnknownModuleError",
     "ValueNotSetError",
@@ -65,11 +72,12 @@ _HOMES = {
     "VLLM": "nnsight_vllm.model",
     "demo_model": "nnsight_vllm.demo",
     "Event": "nnsight_vllm.trace.events",
+    "record": "nnsight_vllm.trace.record",
     **_builtins.dict.fromkeys(_ERRORS, "nnsight_vllm.errors"),
     **_builtins.dict.fromkeys(_BUILTINS, "nnsight_vllm.trace.builtins"),
 }
 
-__all__ = ["VLLM", "Event", "demo_model", *_ERRORS]  # no builtins: `import *` must not replace Python's own
+__all__ = ["VLLM", "Event", "demo_model", "record", *_ERRORS]  # no builtins: `import *` must not replace Python's own
 
 
 if not TYPE_CHECKING:  # a type checker must not take every name for a public one

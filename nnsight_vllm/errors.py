@@ -15,6 +15,9 @@ NNsightError
 ├── EngineSettingError          an engine setting that graphs don't support yet
 ├── InterventionError           the graph failed while it ran; carries the user's file and line
 │   └── PreemptedError          the engine evicted the request; sending it again may succeed
+├── ConnectionFailed            a server that can't be reached, or doesn't answer as ours do
+│   ├── UnauthorizedError       it wants another key
+│   └── BusyError               it has too much to do; sending the request again may succeed
 ├── IntegrityError              the worker still tracks something that it shouldn't
 └── DemoModelError              the demo checkpoint can't be had
 """
@@ -84,6 +87,22 @@ class InterventionError(NNsightError):
 
 class PreemptedError(InterventionError):
     """The engine evicted the request to free memory."""
+
+    retryable = True
+
+
+class ConnectionFailed(NNsightError, ConnectionError):
+    """A server can't be reached, broke off, took too long, or isn't one of ours. `retryable`: whether it may go better later."""
+
+    retryable = False
+
+
+class UnauthorizedError(ConnectionFailed):
+    """The server wants a key, or another one."""
+
+
+class BusyError(ConnectionFailed):
+    """The server refused for now."""
 
     retryable = True
 

@@ -12,6 +12,7 @@ from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.async_tracer import AsyncTracer
 from nnsight_vllm.trace.editable import Editable
+from nnsight_vllm.trace.edits import Standing
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.session import Session
 from nnsight_vllm.trace.source import user_line
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from nnsight_vllm.engine.async_front import AsyncEngine
     from nnsight_vllm.engine.front import Engine
+    from nnsight_vllm.remote.engine import RemoteEngine
 
 
 class _Start:
@@ -37,10 +39,13 @@ class _Start:
         with self._lock:
             if self._running is None:
                 try:
-                    self._running = self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
+                    self._running = self._open()
                 except AttributeError as error:  # from a property, Python would go on to look for a module of that name
                     raise RuntimeError(f"the engine didn't start: {error}") from error
             return self._running
+
+    def _open(self) -> Engine:
+        return self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
 
     def _class(self) -> type[Engine]:
         if self._kind == "async":
@@ -56,6 +61,22 @@ class _Start:
             running, self._running = self._running, None
         if running is not None:
             running.close()
+
+
+class _Connect(_Start):
+    """Connects to a server's engine, which does what one here does."""
+
+    def __init__(self, url: str, api_key: str | None, timeout: float | None) -> None:
+        super().__init__("remote", url, "all", {}, {})
+        self._api_key, self._timeout = api_key, timeout
+
+    def _open(self) -> Engine:
+        from nnsight_vllm.remote.engine import RemoteEngine
+
+        return cast("Engine", RemoteEngine(self._model, self._api_key, self._timeout))
+
+    def remote(self) -> RemoteEngine:
+        return cast("RemoteEngine", self.engine())
 
 
 class VLLM(Editable):
@@ -91,6 +112,22 @@ class VLLM(Editable):
         self.__dict__.update(_path="", _mode=mode, _start=_Start(mode, str(model), sites, ours, arguments))
         if dispatch:
             _ = self._engine
+
+    @classmethod
+    def connect(cls, url: str, *, api_key: str | None = None, timeout: float | None = 600.0) -> Self:
+        """The model that `nnsight-vllm serve` runs at `url`, such as "http://localhost:8000"; no vLLM is needed here.
+
+        Traces, sessions, edits and caches are as locally. An answer may take `timeout` seconds (None: any time). A named edit
+        becomes a model of the server's as well, `BASE:name`. Raises `ConnectionFailed`, `UnauthorizedError` for a wrong key.
+        """
+        from nnsight_vllm.remote.published import PublishedEdits
+
+        made = object.__new__(cls)
+        start = _Connect(url, api_key, timeout)
+        edits = PublishedEdits(start.remote)
+        made.__dict__.update(_path="", _mode="sync", _start=start, _edits=Standing(edits))
+        _ = made._engine
+        return made
 
     # -- running ---------------------------------------------------------------------------------------------------------
 
@@ -152,7 +189,7 @@ class VLLM(Editable):
         return self._engine.stats()
 
     def close(self) -> None:
-        """End the engine. A later use starts a new one."""
+        """End the engine, or the connection to it. A later use starts a new one."""
         self._lazy.close()
 
     def __enter__(self) -> Self:

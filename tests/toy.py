@@ -61,6 +61,12 @@ def value_of(value: Value) -> object:
             return value
 
 
+def toy_catalogue(dtype: str = "float32", modules: tuple[str, ...] = ("double",)) -> Catalogue:
+    """What a client knows of the model."""
+    infos = [site.info for site in _sites(dtype)]
+    return Catalogue([ModuleInfo(name, "Double") for name in modules], infos, VOCAB, dtype, 64, 64, "all")
+
+
 class DoubleCalls:
     """The only module that can be called doubles its argument."""
 
@@ -89,10 +95,8 @@ class Toy:
 
     def __post_init__(self) -> None:
         sites = {site.info.name: site for site in _sites(self.dtype)}
-        infos = [site.info for site in sites.values()]
-        catalogue = Catalogue(
-            [ModuleInfo(name, "Double") for name in self.modules], infos, VOCAB, self.dtype, 64, 64, "all"
-        )
+        catalogue = toy_catalogue(self.dtype, self.modules)
+        infos = catalogue.sites
         orders = {info.name: info.order for info in infos}
         cpu = torch.device("cpu")
         self.store = Store(cpu)

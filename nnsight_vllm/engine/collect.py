@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,6 @@ from msgspec import Raw
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.results import (
     Delta,
-    DictValue,
-    DtypeValue,
-    ListValue,
     Saved,
     Sheet,
     TensorValue,
@@ -33,6 +29,7 @@ from nnsight_vllm.graph.results import (
 )
 from nnsight_vllm.graph.wire import decode_deltas, decode_saved
 from nnsight_vllm.trace.backend import Sample
+from nnsight_vllm.trace.values import decode_value, named
 
 READ_AT_ONCE = 16
 """Sheets of one sample. Together they cost less than one by one; not all at the end, since now the engine is busy and we are not."""
@@ -231,34 +228,4 @@ def _columns(saved: list[Saved], data: list[memoryview]) -> Iterator[tuple[str, 
 
 def _tuples(value: Value, parts: list[list[object]]) -> list[object]:
     names = value.names if isinstance(value, TupleValue) else ()
-    return [_named(names, items) if names else items for items in zip(*parts, strict=True)]
-
-
-def decode_value(value: Value) -> object:
-    """A saved value as Python and torch have it; tensors are writable and the caller's own."""
-    match value:
-        case TensorValue():
-            dtype: torch.dtype = getattr(torch, value.dtype)
-            if not value.data:
-                return torch.empty(value.shape, dtype=dtype)
-            return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
-        case ListValue():
-            return [decode_value(item) for item in value.items]
-        case TupleValue():
-            items = tuple(decode_value(item) for item in value.items)
-            return _named(value.names, items) if value.names else items
-        case DictValue():
-            return {decode_value(key): decode_value(item) for key, item in value.items}
-        case DtypeValue():
-            return getattr(torch, value.name)
-        case _:
-            return value
-
-
-def _named(names: tuple[str, ...], items: tuple[object, ...]) -> object:
-    return _kind(names)(*items)
-
-
-@functools.cache
-def _kind(names: tuple[str, ...]) -> Any:
-    return namedtuple("Result", names)
+    return [named(names, items) if names else items for items in zip(*parts, strict=True)]

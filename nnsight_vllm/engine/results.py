@@ -191,7 +191,10 @@ def encode_value(value: Any) -> Value:
         case list():
             return ListValue([encode_value(item) for item in value])
         case tuple():
-            return TupleValue([encode_value(item) for item in value], names_of(value))
+            names = names_of(value) or tuple(
+                getattr(value, "_fields", ())
+            )  # those of torch, and what came home of them
+            return TupleValue([encode_value(item) for item in value], names)
         case dict():
             return DictValue([(encode_value(key), encode_value(item)) for key, item in value.items()])
         case torch.dtype():

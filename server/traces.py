@@ -1,0 +1,172 @@
+"""The routes behind `VLLM.connect`: what the model has, prompts and sampling before a recording, and traces that run.
+
+A trace is msgpack both ways (`nnsight_vllm/remote/wire.py`): graphs are bytes, values are raw. Its client may go at any time; the engine
+then ends all that it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from nnsight_vllm.errors import AdmissionError, InterventionError, NNsightError
+from nnsight_vllm.graph.nodes import VERSION
+from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.remote.wire import MSGPACK, PREFIX, Described
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.received import Missing, Received
+from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
+from nnsight_vllm.server.told import encode_outcomes
+from nnsight_vllm.trace.backend import Outcome
+
+router = APIRouter(tags=["interventions"])
+
+_ERROR = {"description": "Refused, in OpenAI's shape of errors."}
+_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 409, 412, 413, 429, 503)}
+_ASKED = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "prompts": {"type": "array", "items": {"type": "string"}, "default": []},
+        "samplings": {"type": "array", "items": {"type": "object"}, "default": []},
+    },
+}
+_GONE = 499
+"""The status that nobody reads, since the client has gone."""
+
+
+@router.get(f"{PREFIX}/model")
+async def describe_model(raw_request: Request) -> Response:
+    """Modules in the model's order, sites in the order in which they fire, with shapes. The ETag changes with the model."""
+    content = _described(interventions_of(raw_request))
+    tag = f'"{digest(content)}"'
+    if raw_request.headers.get("if-none-match") == tag:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
+    return Response(content, media_type="application/json", headers={"ETag": tag})
+
+
+@router.get(f"{PREFIX}/limits")
+async def show_limits(raw_request: Request) -> JSONResponse:
+    """What a request with graphs may have at most; each limit is a flag of the server."""
+    return JSONResponse(dataclasses.asdict(interventions_of(raw_request).limits))
+
+
+@router.get(f"{PREFIX}/stats", responses=_ERRORS)
+async def show_stats(raw_request: Request) -> Response:
+    """What the engine ran since it started, for all its users."""
+    stats = await asyncio.to_thread(interventions_of(raw_request).engine.stats)
+    return Response(msgspec.json.encode(stats), media_type="application/json")
+
+
+@router.post(
+    f"{PREFIX}/prepare",
+    responses=_ERRORS,
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ASKED}}}},
+)
+async def prepare(raw_request: Request) -> Response:
+    """Token ids of prompts, and what sampling arguments come to: `{"prompts": [[1, 2]], "samplings": [{"max_tokens": 16, "n": 1}]}`."""
+    body = await _body(raw_request)
+    prepared = await asyncio.to_thread(_received(raw_request).prepared, body)
+    return Response(msgspec.json.encode(prepared), media_type="application/json")
+
+
+@router.post(
+    f"{PREFIX}/trace",
+    responses={**_ERRORS, 200: {"content": {MSGPACK: {"schema": {"type": "string", "format": "binary"}}}}},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {MSGPACK: {"schema": {"type": "string", "format": "binary"}}}}
+    },
+)
+async def trace(raw_request: Request) -> Response:
+    """Run a trace: requests with graphs that may use each other's values. With `If-Match`, only on the model of that ETag."""
+    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
+    wanted = raw_request.headers.get("if-match")
+    if wanted is not None and wanted != f'"{digest(_described(state))}"':
+        raise Refused(
+            "the server runs another model than the one that was asked for: connect again",
+            status=HTTPStatus.PRECONDITION_FAILED,
+            kind="ConnectionFailed",
+        )
+    body = await _body(raw_request)
+    with state.concurrent.enter(tenant):
+        try:
+            requests, tensors = await asyncio.to_thread(_received(raw_request).trace, body)
+        except Missing as missing:
+            error: Any = missing.body()
+            error["error"]["tensors"] = missing.digests
+            return JSONResponse(error, status_code=int(missing.status))
+        outcomes = await _outcomes(state.engine.start(requests, tensors), raw_request)
+        if outcomes is None:
+            return Response(status_code=_GONE)
+        return Response(await asyncio.to_thread(encode_outcomes, outcomes), media_type=MSGPACK)
+
+
+async def _outcomes(run: Any, raw_request: Request) -> list[Outcome] | None:
+    """Wait for a run, or for its client to go; then nothing of it is left in the engine. None if the client went."""
+    ended = asyncio.wrap_future(run.outcomes)
+    ended.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio says that nobody asked
+    gone = asyncio.ensure_future(_disconnected(raw_request))
+    try:
+        await asyncio.wait([ended, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            run.abort()
+            await asyncio.wait([ended])
+            return None
+    except asyncio.CancelledError:
+        run.abort()
+        raise
+    finally:
+        gone.cancel()
+    try:
+        outcomes: list[Outcome] = ended.result()
+    except AdmissionError as error:
+        raise Refused(str(error), "requests", kind=type(error).__name__) from None
+    except InterventionError as error:  # the engine ends
+        raise Refused(str(error), status=HTTPStatus.SERVICE_UNAVAILABLE, kind="ConnectionFailed") from None
+    except NNsightError as error:
+        raise Refused(str(error), "requests", kind=type(error).__name__) from None
+    return outcomes
+
+
+async def _disconnected(raw_request: Request) -> None:
+    while (await raw_request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(raw_request: Request) -> bytes:
+    """The whole body, given up where it's longer than allowed."""
+    most = interventions_of(raw_request).limits.body_bytes
+    parts, size = [], 0
+    async for part in raw_request.stream():
+        size += len(part)
+        if size > most:
+            raise Refused(
+                f"the body has more than {most} bytes",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                kind="AdmissionError",
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _received(raw_request: Request) -> Received:
+    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
+
+    def find(name: str) -> bytes | None:
+        try:
+            known, data = state.tensors.get(tenant, name)
+        except Refused:
+            return None
+        return data if known == name else None
+
+    return Received(state.engine, state.limits, tenant, find)
+
+
+def _described(state: Interventions) -> bytes:
+    return msgspec.json.encode(Described(state.base_names, VERSION, state.engine.tree.catalogue))
