@@ -13,7 +13,7 @@ from nnsight_vllm.engine.compat import FIELD
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Graph
-from nnsight_vllm.graph.walk import constants_of, nodes_of
+from nnsight_vllm.graph.walk import blocks_of, constants_of
 from nnsight_vllm.graph.wire import decode, digest
 from nnsight_vllm.remote.wire import MISSING, Asked, Prepared, SentRequest, SentTrace, Settled
 from nnsight_vllm.server.errors import Refused
@@ -91,14 +91,22 @@ class Received:
                 param = f"requests[{i}].{name}"
                 try:
                     graph = decode(data)
+                    num_nodes += self._num_nodes(graph, param)
+                    self._limit("nodes in graphs that differ", num_nodes, self._limits.trace_nodes, param)
                     check(graph, self._engine.tree.catalogue)
                 except NNsightError as error:
                     raise _refused(error, param) from None
-                own = sum(1 for _ in nodes_of(graph.body))
-                self._limit("nodes in a graph", own, self._limits.graph_nodes, param)
-                num_nodes += own
-                self._limit("nodes in graphs that differ", num_nodes, self._limits.trace_nodes, param)
                 found[data] = graph
+        return found
+
+    def _num_nodes(self, graph: Graph, param: str) -> int:
+        """Counted before the check, whose time grows with them, and without recursion."""
+        due, found = [graph.body], 0
+        while due:
+            block = due.pop()
+            found += len(block.nodes)
+            self._limit("nodes in a graph", found, self._limits.graph_nodes, param)
+            due += [inner for node in block.nodes for inner in blocks_of(node)]
         return found
 
     def _tensors(self, sent: Mapping[str, bytes], needed: set[str]) -> dict[str, bytes]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from http import HTTPStatus
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -24,6 +26,7 @@ from nnsight_vllm.server.received import Missing, Received
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
 from nnsight_vllm.server.told import encode_outcomes
 from nnsight_vllm.trace.backend import Outcome
+from nnsight_vllm.trace.tree import Tree
 
 router = APIRouter(tags=["interventions"])
 
@@ -37,6 +40,7 @@ _ASKED = {
         "samplings": {"type": "array", "items": {"type": "object"}, "default": []},
     },
 }
+_descriptions: WeakKeyDictionary[Tree, bytes] = WeakKeyDictionary()  # a large model's takes milliseconds
 _GONE = 499
 """The status that nobody reads, since the client has gone."""
 
@@ -45,7 +49,7 @@ _GONE = 499
 async def describe_model(raw_request: Request) -> Response:
     """Modules in the model's order, sites in the order in which they fire, with shapes. The ETag changes with the model."""
     content = _described(interventions_of(raw_request))
-    tag = f'"{digest(content)}"'
+    tag = _tag(content)
     if raw_request.headers.get("if-none-match") == tag:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
     return Response(content, media_type="application/json", headers={"ETag": tag})
@@ -87,7 +91,7 @@ async def trace(raw_request: Request) -> Response:
     """Run a trace: requests with graphs that may use each other's values. With `If-Match`, only on the model of that ETag."""
     state, tenant = interventions_of(raw_request), tenant_of(raw_request)
     wanted = raw_request.headers.get("if-match")
-    if wanted is not None and wanted != f'"{digest(_described(state))}"':
+    if wanted is not None and wanted != _tag(_described(state)):
         raise Refused(
             "the server runs another model than the one that was asked for: connect again",
             status=HTTPStatus.PRECONDITION_FAILED,
@@ -169,4 +173,13 @@ def _received(raw_request: Request) -> Received:
 
 
 def _described(state: Interventions) -> bytes:
-    return msgspec.json.encode(Described(state.base_names, VERSION, state.engine.tree.catalogue))
+    tree = state.engine.tree
+    known = _descriptions.get(tree)
+    if known is None:
+        known = _descriptions[tree] = msgspec.json.encode(Described(state.base_names, VERSION, tree.catalogue))
+    return known
+
+
+@functools.lru_cache(maxsize=4)
+def _tag(described: bytes) -> str:
+    return f'"{digest(described)}"'

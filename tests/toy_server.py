@@ -72,6 +72,7 @@ class ToyEngine:
         self.requests: list[list[Sent]] = []
         self.error: Exception | None = None
         self.is_stuck = False
+        self.is_running = threading.Event()
 
     def prompt(self, inputs: tuple[object, ...]) -> Prompt:
         return make_prompt(inputs, ToyTokenizer(), VOCAB)
@@ -98,6 +99,7 @@ class ToyEngine:
         run = ToyRun()
         self.runs.append(run)
         self.requests.append(requests)
+        self.is_running.set()
         if not self.is_stuck:
             threading.Thread(target=self._run, args=(run, requests, tensors)).start()
         return run

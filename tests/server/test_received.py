@@ -15,7 +15,7 @@ from toy import graph
 from toy_server import ToyEngine, ToyLimits
 
 from nnsight_vllm.graph.links import Links, Need
-from nnsight_vllm.graph.nodes import Block, Const, Export, Import, Iterations, Node, Op, Read, Ref, Save
+from nnsight_vllm.graph.nodes import Block, Cond, Const, Export, Import, Iterations, Node, Op, Read, Ref, Save
 from nnsight_vllm.graph.wire import digest
 from nnsight_vllm.remote.wire import Asked, SentRequest, SentTrace
 from nnsight_vllm.server.errors import Refused
@@ -57,6 +57,13 @@ def test_a_legal_trace_becomes_requests() -> None:
 READ = Read(0, "0.mlp")
 
 
+def nested(depth: int) -> Node:
+    node: Node = Save(0, "s", 1)
+    for id in range(1, depth):
+        node = Cond(id, True, Block([node]), Block([]))
+    return node
+
+
 @pytest.mark.parametrize(
     ("data", "param", "message"),
     [
@@ -90,6 +97,7 @@ READ = Read(0, "0.mlp")
             "requests[0].graph",
             "201 nodes in a graph; the limit is 200",
         ),
+        (body(request(nested(100))), "requests[0].graph", "nested more than 64 deep"),
         (body(SentRequest([1] * 40, 0, graph=graph(READ))), "requests[0]", "must fit into one step"),
         (body(request(READ), tensors={"ab" * 32: b""}), f"tensors['{'ab' * 32}']", "no graph of the trace names it"),
         (body(request(Const(0, "ab" * 32)), tensors={"ab" * 32: b"x"}), f"tensors['{'ab' * 32}']", "sha256"),

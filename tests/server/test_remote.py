@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 import torch
@@ -269,6 +271,35 @@ def test_a_client_that_does_not_wait_ends_its_requests_in_the_engine(server: Toy
     assert run.is_aborted.wait(10)
 
 
+INTERRUPTED = """
+    import sys
+    from nnsight_vllm import VLLM
+
+    with VLLM.connect(sys.argv[1]) as model:
+        try:
+            with model.trace([1, 2], max_tokens=1):
+                print("recorded", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_ends_the_requests_in_the_engine(server: ToyServer, tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+    server.engine.is_stuck = True
+    with subprocess.Popen([sys.executable, str(script), server.url], stdout=subprocess.PIPE, text=True) as client:
+        try:
+            assert server.engine.is_running.wait(60)
+            client.send_signal(signal.SIGINT)
+            out, _ = client.communicate(timeout=30)
+        finally:
+            client.kill()
+    assert out == "recorded\ninterrupted\n" and client.returncode == 0
+    (run,) = server.engine.runs
+    assert run.is_aborted.wait(10)
+
+
 def test_an_engine_that_fails_is_no_error_of_the_users(model: VLLM, server: ToyServer) -> None:
     server.engine.error = InterventionError("the engine was closed while the trace ran")
     with pytest.raises(ConnectionFailed, match="was closed"):
@@ -284,6 +315,15 @@ def test_what_only_a_local_model_has_says_so(model: VLLM) -> None:
     with pytest.raises(EngineSettingError, match="operator"):
         model.check_integrity()
     assert model.stats().alone == 0
+
+
+def test_a_model_that_is_known_is_not_told_again(server: ToyServer) -> None:
+    path = f"{server.url}/v1/interventions/model"
+    first = httpx.get(path)
+    again = httpx.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert httpx.get(f"{server.url}/v1/interventions/limits").json()["graph_nodes"] == 200
+    assert httpx.post(f"{server.url}/v1/interventions/trace", content=b"x" * (5 << 20)).status_code == 413
 
 
 def test_a_closed_model_connects_again(model: VLLM) -> None:
