@@ -9,11 +9,13 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
 import torch
+from toy import Toy, toy_catalogue
 from toy_server import ToyServer
 
 import nnsight_vllm as nv
@@ -29,6 +31,7 @@ from nnsight_vllm.errors import (
     UnauthorizedError,
     UnknownModuleError,
 )
+from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.remote import engine as remote_engine
 from nnsight_vllm.trace.tree import Tree
 
@@ -404,3 +407,22 @@ def test_record_prints_a_graph_and_its_tensors(model: VLLM, server: ToyServer) -
         nv.record(model, lambda root: {"x": root[0].output})
     with pytest.raises(OutOfOrderError):
         nv.record(model, lambda root: [root[1].output.save(), root[0].output.save()])
+
+
+def test_what_is_recorded_with_a_tracer_runs() -> None:
+    vector = torch.full((4,), 2.0)
+
+    def each(root: Any, tracer: Any) -> dict[str, Any]:
+        rows = nv.list().save()
+        with tracer.all():
+            root[0].output[:] += vector
+            with tracer.cond(root[0].output.sum() > 12):
+                tracer.log("the prompt")
+            rows.append(root[0].output.shape[0])
+        return {"rows": rows}
+
+    recorded = nv.record(Tree(toy_catalogue()), each)
+    toy = Toy()
+    toy.store.put(recorded.tensors.values())
+    assert toy.run(encode(recorded.graph.nodes), steps=3) == {"rows": [2, 1, 1]}
+    assert [line for delta in toy.received["r"] for line in delta.logs] == ["the prompt"]
