@@ -63,17 +63,24 @@ class _Start:
             running.close()
 
 
+def _check_mode(mode: str) -> None:
+    if mode not in {"sync", "async"}:
+        raise EngineSettingError(f"mode={mode!r}: expected 'sync' or 'async'")
+
+
 class _Connect(_Start):
     """Connects to a server's engine, which does what one here does."""
 
-    def __init__(self, url: str, api_key: str | None, timeout: float | None) -> None:
-        super().__init__("remote", url, "all", {}, {})
+    def __init__(self, kind: str, url: str, api_key: str | None, timeout: float | None) -> None:
+        super().__init__(kind, url, "all", {}, {})
         self._api_key, self._timeout = api_key, timeout
 
     def _open(self) -> Engine:
+        from nnsight_vllm.remote.async_engine import AsyncRemoteEngine
         from nnsight_vllm.remote.engine import RemoteEngine
 
-        return cast("Engine", RemoteEngine(self._model, self._api_key, self._timeout))
+        kind = AsyncRemoteEngine if self._kind == "async" else RemoteEngine
+        return cast("Engine", kind(self._model, self._api_key, self._timeout))
 
     def remote(self) -> RemoteEngine:
         return cast("RemoteEngine", self.engine())
@@ -102,8 +109,7 @@ class VLLM(Editable):
         max_saved_bytes_in_all: int = 8 << 30,
         **arguments: Any,
     ) -> None:
-        if mode not in {"sync", "async"}:
-            raise EngineSettingError(f"mode={mode!r}: expected 'sync' or 'async'")
+        _check_mode(mode)
         check_arguments(arguments)
         check_sites(sites)
         check_checkpoint(str(model))
@@ -114,18 +120,21 @@ class VLLM(Editable):
             _ = self._engine
 
     @classmethod
-    def connect(cls, url: str, *, api_key: str | None = None, timeout: float | None = 600.0) -> Self:
+    def connect(
+        cls, url: str, *, mode: str = "sync", api_key: str | None = None, timeout: float | None = 600.0
+    ) -> Self:
         """The model that `nnsight-vllm serve` runs at `url`, such as "http://localhost:8000"; no vLLM is needed here.
 
-        Traces, sessions, edits and caches are as locally. An answer may take `timeout` seconds (None: any time). A named edit
+        Traces, sessions, edits and caches are as locally, in each mode. An answer may take `timeout` seconds (None: any time). A named edit
         becomes a model of the server's as well, `BASE:name`. Raises `ConnectionFailed`, `UnauthorizedError` for a wrong key.
         """
         from nnsight_vllm.remote.published import PublishedEdits
 
+        _check_mode(mode)
         made = object.__new__(cls)
-        start = _Connect(url, api_key, timeout)
+        start = _Connect(mode, url, api_key, timeout)
         edits = PublishedEdits(start.remote)
-        made.__dict__.update(_path="", _mode="sync", _start=start, _edits=Standing(edits))
+        made.__dict__.update(_path="", _mode=mode, _start=start, _edits=Standing(edits))
         _ = made._engine
         return made
 

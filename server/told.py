@@ -8,15 +8,53 @@ from typing import Any
 import msgspec
 
 from nnsight_vllm.engine.results import encode_value
-from nnsight_vllm.remote.wire import Answered, Chance, Chances, SentCompletion, SentOutcome, SentSample
+from nnsight_vllm.remote.wire import (
+    Answered,
+    Chance,
+    Chances,
+    Frame,
+    SentCompletion,
+    SentNotice,
+    SentOutcome,
+    SentSample,
+)
 from nnsight_vllm.trace.backend import Completion, Outcome
+from nnsight_vllm.trace.events import Notice
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_outcomes(outcomes: Iterable[Outcome]) -> bytes:
     """As msgpack of `Answered`."""
-    return _encoder.encode(Answered([_outcome(one) for one in outcomes]))
+    return _encoder.encode(answered(outcomes))
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """A piece of a streamed answer."""
+    data = _encoder.encode(frame)
+    return len(data).to_bytes(4, "big") + data
+
+
+def answered(outcomes: Iterable[Outcome]) -> Answered:
+    """All outcomes, the end of a streamed answer."""
+    return Answered([_outcome(one) for one in outcomes])
+
+
+def noticed(notice: Notice) -> SentNotice:
+    """A step's notice."""
+    return SentNotice(
+        notice.request,
+        notice.sample,
+        notice.text,
+        notice.token_ids,
+        {name: encode_value(value) for name, value in notice.values.items()},
+        sorted(notice.replaced),
+        notice.logs,
+        notice.finish_reason,
+        notice.failure,
+        None if notice.result is None else _outcome(Outcome(notice.result, [])),
+        notice.restarted,
+    )
 
 
 def _outcome(outcome: Outcome) -> SentOutcome:

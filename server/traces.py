@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,13 +18,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nnsight_vllm.errors import AdmissionError, InterventionError, NNsightError
+from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.wire import digest
-from nnsight_vllm.remote.wire import MSGPACK, PREFIX, Described
+from nnsight_vllm.remote.wire import FRAMES, MSGPACK, PREFIX, Described
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.received import Missing, Received
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
+from nnsight_vllm.server.streamed import Streamed, not_run
 from nnsight_vllm.server.told import encode_outcomes
 from nnsight_vllm.trace.backend import Outcome
 from nnsight_vllm.trace.tree import Tree
@@ -88,7 +90,10 @@ async def prepare(raw_request: Request) -> Response:
     },
 )
 async def trace(raw_request: Request) -> Response:
-    """Run a trace: requests with graphs that may use each other's values. With `If-Match`, only on the model of that ETag."""
+    """Run a trace: requests with graphs that may use each other's values. With `If-Match`, only on the model of that ETag.
+
+    Where `Accept` names frames, the answer is a stream of what each step brings, and at last the outcomes.
+    """
     state, tenant = interventions_of(raw_request), tenant_of(raw_request)
     wanted = raw_request.headers.get("if-match")
     if wanted is not None and wanted != _tag(_described(state)):
@@ -98,13 +103,16 @@ async def trace(raw_request: Request) -> Response:
             kind="ConnectionFailed",
         )
     body = await _body(raw_request)
-    with state.concurrent.enter(tenant):
+    with ExitStack() as held:
+        held.enter_context(state.concurrent.enter(tenant))
         try:
             requests, tensors = await asyncio.to_thread(_received(raw_request).trace, body)
         except Missing as missing:
             error: Any = missing.body()
             error["error"]["tensors"] = missing.digests
             return JSONResponse(error, status_code=int(missing.status))
+        if FRAMES in raw_request.headers.get("accept", ""):
+            return Streamed(state.engine, requests, tensors, held.pop_all())
         outcomes = await _outcomes(state.engine.start(requests, tensors), raw_request)
         if outcomes is None:
             return Response(status_code=_GONE)
@@ -129,12 +137,8 @@ async def _outcomes(run: Any, raw_request: Request) -> list[Outcome] | None:
         gone.cancel()
     try:
         outcomes: list[Outcome] = ended.result()
-    except AdmissionError as error:
-        raise Refused(str(error), "requests", kind=type(error).__name__) from None
-    except InterventionError as error:  # the engine ends
-        raise Refused(str(error), status=HTTPStatus.SERVICE_UNAVAILABLE, kind="ConnectionFailed") from None
     except NNsightError as error:
-        raise Refused(str(error), "requests", kind=type(error).__name__) from None
+        raise not_run(error) from None
     return outcomes
 
 

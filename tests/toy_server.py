@@ -28,6 +28,7 @@ from nnsight_vllm.server import traces
 from nnsight_vllm.server.errors import Refused, answer_refused
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Result
 from nnsight_vllm.trace.backend import Request as Sent
+from nnsight_vllm.trace.events import Notice, Receive
 from nnsight_vllm.trace.source import hide_lines
 from nnsight_vllm.trace.tree import Tree
 
@@ -95,20 +96,25 @@ class ToyEngine:
     def stats(self) -> Stats:
         return Stats(alone=sum(map(len, self.requests)))
 
-    def start(self, requests: list[Sent], tensors: dict[str, bytes], receive: None = None) -> ToyRun:
+    def start(self, requests: list[Sent], tensors: dict[str, bytes], receive: Receive | None = None) -> ToyRun:
         run = ToyRun()
         self.runs.append(run)
         self.requests.append(requests)
         self.is_running.set()
         if not self.is_stuck:
-            threading.Thread(target=self._run, args=(run, requests, tensors)).start()
+            threading.Thread(target=self._run, args=(run, requests, tensors, receive)).start()
         return run
 
-    def _run(self, run: ToyRun, requests: list[Sent], tensors: dict[str, bytes]) -> None:
+    def _run(self, run: ToyRun, requests: list[Sent], tensors: dict[str, bytes], receive: Receive | None) -> None:
         try:
             if self.error is not None:
                 raise self.error
-            run.outcomes.set_result(_outcomes(requests, tensors))
+            outcomes = _outcomes(requests, tensors)
+            for i, outcome in enumerate(outcomes if receive is not None else ()):
+                assert receive is not None
+                for notice in _notices(i, outcome):
+                    receive(notice)
+            run.outcomes.set_result(outcomes)
         except Exception as error:
             run.outcomes.set_exception(error)
 
@@ -136,6 +142,24 @@ def _outcome(toy: Toy, name: str, request: Sent, links: bytes | None) -> Outcome
     completion = Completion(" ".join(map(str, tokens)), tokens, "length", logprobs=logprobs)
     ids = request.prompt.engine["prompt_token_ids"]
     return Outcome(Result([completion], request.prompt.text, ids, num_cached_tokens=0), [sample])
+
+
+def _notices(request: int, outcome: Outcome) -> Iterator[Notice]:
+    """A notice a token; all values come with the last one."""
+    (sample,) = outcome.samples
+    token_ids = outcome.result.token_ids
+    for token in token_ids[:-1]:
+        yield Notice(request, text=f"{token} ", token_ids=(token,))
+    yield Notice(
+        request,
+        text=" ".join(map(str, token_ids[-1:])),
+        token_ids=tuple(token_ids[-1:]),
+        values=sample.values,
+        logs=tuple(sample.logs),
+        finish_reason="length",
+        failure=sample.failure,
+        result=outcome.result,
+    )
 
 
 @dataclass(frozen=True)

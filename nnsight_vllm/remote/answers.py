@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import msgspec
 
 from nnsight_vllm.errors import ConnectionFailed
-from nnsight_vllm.remote.wire import Answered, Chances, SentCompletion, SentOutcome
+from nnsight_vllm.remote.wire import Answered, Chances, SentCompletion, SentNotice, SentOutcome
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Result, Sample
+from nnsight_vllm.trace.events import Notice
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.values import decode_value
 
@@ -31,8 +32,30 @@ def outcomes_of(data: bytes) -> list[Outcome]:
         answered = _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConnectionFailed(f"the server's answer isn't one of ours: {error}; {user_line()}") from None
+    return outcomes(answered)
+
+
+def outcomes(answered: Answered) -> list[Outcome]:
+    """What became of the requests."""
     with garbage.paused():
         return [_outcome(one) for one in answered.outcomes]
+
+
+def notice_of(sent: SentNotice) -> Notice:
+    """A step's notice."""
+    return Notice(
+        sent.request,
+        sent.sample,
+        sent.text,
+        sent.token_ids,
+        {name: decode_value(value) for name, value in sent.values.items()},
+        frozenset(sent.replaced),
+        sent.logs,
+        sent.finish_reason,
+        sent.failure,
+        None if sent.result is None else _outcome(sent.result).result,
+        sent.restarted,
+    )
 
 
 def _outcome(sent: SentOutcome) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -47,14 +48,15 @@ class Connection:
         if not self.url.startswith(("http://", "https://")):
             raise ConnectionFailed(f"a server's address begins with http:// or https://, got {url!r}; {user_line()}")
         self._timeout = timeout
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(timeout, connect=min(timeout or _SECONDS_TO_CONNECT, _SECONDS_TO_CONNECT)),
-            limits=httpx.Limits(
-                keepalive_expiry=2.0
-            ),  # shorter than servers keep a connection, so that none ends under a request
-        )
+        self._arguments: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            "timeout": httpx.Timeout(timeout, connect=min(timeout or _SECONDS_TO_CONNECT, _SECONDS_TO_CONNECT)),
+            # Shorter than servers keep a connection, so that none ends under a request.
+            "limits": httpx.Limits(keepalive_expiry=2.0, max_connections=None),
+        }
+        self._client = httpx.Client(**self._arguments)
+        weakref.finalize(self, self._client.close)
 
     def send(
         self, method: str, path: str, content: bytes = b"", headers: Mapping[str, str] | None = None
@@ -65,14 +67,17 @@ class Connection:
         `BusyError` is raised. Nothing of a request that is refused so has run.
         """
         answer = self._sent(method, path, content, headers)
-        if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
-            seconds = _seconds(answer)
-            if seconds is not None and seconds <= LONGEST_WAIT:
-                time.sleep(seconds)
-                answer = self._sent(method, path, content, headers)
+        seconds = wait_for(answer)
+        if seconds is not None:
+            time.sleep(seconds)
+            answer = self._sent(method, path, content, headers)
         if answer.is_success:
             return answer
-        raise self._refusal(answer)
+        raise self.refusal(answer)
+
+    def asynchronous(self) -> httpx.AsyncClient:
+        """A client of the same server for an event loop; `broken` and `refusal` tell what goes wrong with it."""
+        return httpx.AsyncClient(**self._arguments)
 
     def close(self) -> None:
         self._client.close()
@@ -80,24 +85,34 @@ class Connection:
     def _sent(self, method: str, path: str, content: bytes, headers: Mapping[str, str] | None) -> httpx.Response:
         try:
             return self._client.request(method, path, content=content, headers=headers)
-        except httpx.TimeoutException as error:
-            what = "can't be reached" if isinstance(error, httpx.ConnectTimeout) else "didn't answer"
-            raise ConnectionFailed(f"{self.url} {what} in time (timeout={self._timeout}); {user_line()}") from error
-        except httpx.ConnectError as error:
-            raise ConnectionFailed(f"{self.url} can't be reached: {error}; {user_line()}") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise ConnectionFailed(f"the connection to {self.url} broke off: {error}; {user_line()}") from error
+            raise self.broken(error) from error
 
-    def _refusal(self, answer: httpx.Response) -> Exception:
+    def broken(self, error: Exception, line: object = None) -> ConnectionFailed:
+        """No answer, as an error of ours."""
+        where = line or user_line()
+        match error:
+            case httpx.ConnectTimeout():
+                return ConnectionFailed(f"{self.url} can't be reached in time (timeout={self._timeout}); {where}")
+            case httpx.TimeoutException():
+                return ConnectionFailed(f"{self.url} didn't answer in time (timeout={self._timeout}); {where}")
+            case httpx.ConnectError():
+                return ConnectionFailed(f"{self.url} can't be reached: {error}; {where}")
+            case _:
+                return ConnectionFailed(f"the connection to {self.url} broke off: {error}; {where}")
+
+    def refusal(self, answer: httpx.Response, line: object = None) -> Exception:
+        """An answer that isn't what was asked for, as what is to be raised. Its content has been read."""
+        where = line or user_line()
         told = _error_of(answer)
         status, message = answer.status_code, str(told.get("message") or answer.reason_phrase)
         if status == HTTPStatus.UNAUTHORIZED:
-            return UnauthorizedError(f"{self.url} wants another api_key; {user_line()}")
+            return UnauthorizedError(f"{self.url} wants another api_key; {where}")
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            return BusyError(f"{message.removesuffix(_HERE)}; {user_line()}")
+            return BusyError(f"{message.removesuffix(_HERE)}; {where}")
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) and "type" not in told:
             return ConnectionFailed(
-                f"{self.url} has no {answer.request.url.path}: is it a server that `nnsight-vllm serve` started? {user_line()}"
+                f"{self.url} has no {answer.request.url.path}: is it a server that `nnsight-vllm serve` started? {where}"
             )
         return Refusal(status, str(told.get("type")), message, told.get("param"), told)
 
@@ -112,8 +127,12 @@ def _error_of(answer: httpx.Response) -> Mapping[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _seconds(answer: httpx.Response) -> float | None:
+def wait_for(answer: httpx.Response) -> float | None:
+    """The seconds after which a busy server is asked once more; None where it isn't busy, or for too long."""
+    if answer.status_code != HTTPStatus.TOO_MANY_REQUESTS:
+        return None
     try:
-        return max(float(answer.headers.get("Retry-After", "")), 0.0)
+        seconds = max(float(answer.headers.get("Retry-After", "")), 0.0)
     except ValueError:
         return None
+    return seconds if seconds <= LONGEST_WAIT else None

@@ -35,6 +35,7 @@ SMALL = 1 << 18
 
 SMALL_TOGETHER = 1 << 23
 
+TRACE = f"{PREFIX}/trace"
 _EDITS = f"{PREFIX}/edits"
 _RENAMED = {"max_new_tokens": "max_tokens"}
 _encoder = msgspec.msgpack.Encoder()
@@ -88,21 +89,18 @@ class RemoteEngine:
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
         """Run all requests together and wait for them. An interruption ends them in the server, too."""
-        needed = {digest: tensors[digest] for request in requests for digest in request.constants}
-        inline = _small(needed)
-        self.upload({digest: data for digest, data in needed.items() if digest not in inline})
-        content = _encoder.encode(_sent(requests, inline))
+        content, large = packed(requests, tensors)
+        self.upload(large)
         try:
             answer = self._traced(content)
         except Refusal as refusal:
             if refusal.kind != MISSING:
-                raise refusal.as_error(_line(refusal, requests)) from None
-            self._uploaded -= needed.keys()  # the server has forgotten some
-            self.upload({digest: data for digest, data in needed.items() if digest not in inline})
+                raise refusal.as_error(line_of(refusal, requests)) from None
+            self.upload_again(large)
             try:
                 answer = self._traced(content)
             except Refusal as again:
-                raise again.as_error(_line(again, requests)) from None
+                raise again.as_error(line_of(again, requests)) from None
         return outcomes_of(answer)
 
     # -- the server ------------------------------------------------------------------------------------------------------
@@ -118,6 +116,11 @@ class RemoteEngine:
             except Refusal as refusal:
                 raise refusal.as_error() from None
             self._uploaded.add(digest)
+
+    def upload_again(self, tensors: Mapping[str, bytes]) -> None:
+        """The server has forgotten some of these."""
+        self._uploaded -= tensors.keys()
+        self.upload(tensors)
 
     def publish(self, edit: Edit) -> None:
         """Make a named edit a model of the server's, in the place of an earlier one of its name. Raises what it refuses."""
@@ -181,8 +184,18 @@ class RemoteEngine:
             ) from None
 
     def _traced(self, content: bytes) -> bytes:
-        headers = {"Content-Type": MSGPACK, "Accept": MSGPACK, **({"If-Match": self._tag} if self._tag else {})}
-        return self._connection.send("POST", f"{PREFIX}/trace", content, headers).content
+        return self._connection.send("POST", TRACE, content, self._headers(MSGPACK)).content
+
+    def _headers(self, accepted: str) -> dict[str, str]:
+        return {"Content-Type": MSGPACK, "Accept": accepted, **({"If-Match": self._tag} if self._tag else {})}
+
+
+def packed(requests: list[Request], tensors: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
+    """A trace as the server takes it, and the tensors that it has to have already."""
+    needed = {digest: tensors[digest] for request in requests for digest in request.constants}
+    small = _small(needed)
+    large = {digest: data for digest, data in needed.items() if digest not in small}
+    return _encoder.encode(_sent(requests, small)), large
 
 
 def _small(tensors: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -219,7 +232,7 @@ def _sent(requests: list[Request], tensors: dict[str, bytes]) -> SentTrace:
     )
 
 
-def _line(refusal: Refusal, requests: list[Request]) -> Line | None:
+def line_of(refusal: Refusal, requests: list[Request]) -> Line | None:
     """Where the request that is refused was opened."""
     head, mark, rest = (refusal.param or "").partition("requests[")
     number = rest.partition("]")[0]

@@ -16,6 +16,9 @@ from nnsight_vllm.graph.results import Failure, Value
 
 PREFIX = "/v1/interventions"
 MSGPACK = "application/msgpack"
+FRAMES = "application/vnd.nnsight-vllm.frames"
+"""Pieces of msgpack, each behind its length in four bytes, most significant first: notices, then `Answered` or `Broken`."""
+
 MISSING = "MissingTensors"
 """An error's kind: the server hasn't got tensors that the trace names; they are in the error's `tensors`."""
 
@@ -107,7 +110,35 @@ class SentOutcome(Struct, frozen=True):
     num_cached_tokens: int | None = None
 
 
-class Answered(Struct, frozen=True):
+class Answered(Struct, frozen=True, tag="answered"):
     """In the order of the requests."""
 
     outcomes: list[SentOutcome]
+
+
+class SentNotice(Struct, frozen=True, tag="notice", omit_defaults=True):
+    """What one step of one sample brought; see `trace/events.py`. `result` has no samples."""
+
+    request: int
+    sample: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    values: dict[str, Value] = {}
+    replaced: list[str] = []
+    logs: tuple[str, ...] = ()
+    finish_reason: str | None = None
+    failure: Failure | None = None
+    result: SentOutcome | None = None
+    restarted: bool = False
+
+
+class Broken(Struct, frozen=True, tag="broken"):
+    """An error after the answer has begun, with what would have been its status."""
+
+    status: int
+    kind: str
+    message: str
+    param: str | None = None
+
+
+Frame = Answered | SentNotice | Broken

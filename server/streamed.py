@@ -1,0 +1,77 @@
+"""A trace's answer bit by bit: a frame a notice, and at last all outcomes, or why there are none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from nnsight_vllm.errors import InterventionError, NNsightError
+from nnsight_vllm.remote.wire import FRAMES, Broken
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.told import answered, encode_frame, noticed
+from nnsight_vllm.trace.backend import Request
+from nnsight_vllm.trace.events import Notice, Run
+
+if TYPE_CHECKING:
+    from nnsight_vllm.engine.served import ServedEngine
+
+
+class Streamed(StreamingResponse):
+    """Runs the requests when it is sent; a client that goes ends them. `held` is given back at its end."""
+
+    def __init__(
+        self, engine: ServedEngine, requests: list[Request], tensors: dict[str, bytes], held: ExitStack
+    ) -> None:
+        self._held = held
+        self._frames = _frames(engine, requests, tensors)
+        super().__init__(self._frames, media_type=FRAMES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._frames.aclose()
+
+
+def not_run(error: NNsightError) -> Refused:
+    """Why a run gave no outcomes, for a stranger."""
+    if isinstance(error, InterventionError):  # the engine ends
+        return Refused(str(error), status=HTTPStatus.SERVICE_UNAVAILABLE, kind="ConnectionFailed")
+    return Refused(str(error), "requests", kind=type(error).__name__)
+
+
+async def _frames(
+    engine: ServedEngine, requests: list[Request], tensors: dict[str, bytes]
+) -> AsyncGenerator[bytes, None]:
+    loop = asyncio.get_running_loop()
+    notices: asyncio.Queue[Notice | None] = asyncio.Queue()
+
+    def receive(notice: Notice | None) -> None:
+        loop.call_soon_threadsafe(notices.put_nowait, notice)
+
+    run = engine.start(requests, tensors, receive)
+    run.outcomes.add_done_callback(lambda _: receive(None))
+    is_over = False
+    try:
+        while (notice := await notices.get()) is not None:
+            yield encode_frame(noticed(notice))
+        is_over = True
+        yield await asyncio.to_thread(_end, run)
+    finally:
+        if not is_over:
+            run.abort()
+
+
+def _end(run: Run) -> bytes:
+    try:
+        return encode_frame(answered(run.outcomes.result()))
+    except NNsightError as error:
+        refused = not_run(error)
+        return encode_frame(Broken(int(refused.status), refused.kind, refused.message, refused.param))
