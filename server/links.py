@@ -6,13 +6,14 @@ export and import, no more and no less; the bundle's name and size are ours to g
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
 from nnsight_vllm.graph.links import Links
-from nnsight_vllm.graph.nodes import Export, Graph, Import
+from nnsight_vllm.graph.nodes import Export, Graph, Import, Iterations
 from nnsight_vllm.graph.walk import iteration_after
 from nnsight_vllm.server.errors import Refused
 
@@ -89,9 +90,14 @@ def _makers(requests: Sequence[Linked]) -> dict[str, Event]:
 def _exports(requests: Sequence[Linked]) -> Iterator[tuple[int, str, int | None]]:
     for i, request in enumerate(requests):
         for graph in request.graphs:
-            for place, node in enumerate(graph.body.nodes):
+            now: int | None = 0  # the iteration at which the program stands; None: it never gets there
+            for node in graph.body.nodes:
                 if isinstance(node, Export):
-                    yield i, node.key, iteration_after(graph.body.nodes[:place])
+                    yield i, node.key, now
+                    continue
+                then = iteration_after([node])
+                if now is not None:
+                    now = then if then is None or isinstance(node, Iterations) else max(now, then)
 
 
 def _refuse_circles(waits: dict[Event, set[Event]]) -> None:
@@ -106,9 +112,10 @@ def _refuse_circles(waits: dict[Event, set[Event]]) -> None:
             order.add((request, after), (request, before))
     for event, until in waits.items():
         for maker, iteration in until:
-            last = [one for one in begins.get(maker, ()) if one <= iteration]
-            if last:
-                order.add(event, (maker, last[-1]))
+            waited = begins.get(maker, [])
+            place = bisect.bisect_right(waited, iteration)
+            if place:
+                order.add(event, (maker, waited[place - 1]))
     try:
         order.prepare()
     except CycleError as error:

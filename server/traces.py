@@ -102,9 +102,9 @@ async def trace(raw_request: Request) -> Response:
             status=HTTPStatus.PRECONDITION_FAILED,
             kind="ConnectionFailed",
         )
-    body = await _body(raw_request)
     with ExitStack() as held:
         held.enter_context(state.concurrent.enter(tenant))
+        body = await _body(raw_request)
         try:
             requests, tensors = await asyncio.to_thread(_received(raw_request).trace, body)
         except Missing as missing:

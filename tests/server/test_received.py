@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -208,6 +209,21 @@ def test_links_that_the_graphs_do_not_bear_out_are_refused(sent: list[SentReques
 
 def test_a_maker_with_several_samples_is_refused() -> None:
     assert "n=2" in refused(body(maker(), taker(), samplings=[{"n": 2}])).message
+
+
+def test_many_needs_are_looked_at_in_a_moment() -> None:
+    def nodes(own: str, other: str) -> list[Node]:
+        exports: list[Node] = [READ, *(Export(1 + i, f"{own}{i}", Ref(0)) for i in range(4000))]
+        return exports + [Import(5000 + i, f"{other}{i}", 1 + i) for i in range(4000)]
+
+    def sent(own: str, other: str) -> SentRequest:
+        needs = [Need(f"{other}{i}", 1 + i, 5000 + i) for i in range(4000)]
+        return request(*nodes(own, other), links=Links(makes={f"{own}{i}": 1 for i in range(4000)}, needs=needs))
+
+    data = body(sent("a", "b"), sent("b", "a"))
+    start = time.process_time()
+    requests, _ = received(graph_nodes=10_000, trace_nodes=20_000).trace(data)
+    assert len(requests) == 2 and time.process_time() - start < 5
 
 
 def test_a_long_chain_of_requests_is_walked_without_recursion() -> None:
