@@ -1,8 +1,8 @@
 """What graphs send home as JSON: tensors by their bytes, in base64 or, above a size, behind a link that is followed once.
 
-    tensor   {"dtype": "float32", "shape": [3, 576], "data": "<base64>"} or {"dtype", "shape", "href"}
-    list, tuple   a JSON list        dict   an object, or {"items": [[key, value], ...]} where keys aren't all text
-    dtype   {"dtype": "float32"}     a number that JSON hasn't   {"float": "nan" | "inf" | "-inf"}
+tensor   {"dtype": "float32", "shape": [3, 576], "data": "<base64>"} or {"dtype", "shape", "href"}
+list, tuple   a JSON list        dict   an object, or {"items": [[key, value], ...]} where keys aren't all text
+dtype   {"dtype": "float32"}     a number that JSON hasn't   {"float": "nan" | "inf" | "-inf"}
 """
 
 from __future__ import annotations

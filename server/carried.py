@@ -56,7 +56,9 @@ class Carried:
             raise refused(error) from error
         metrics.count_request(request.graphs)
         how = How(
-            frozenset(name for name, saved in lowered.names.items() if saved.over_iterations) if lowered else frozenset(),
+            frozenset(name for name, saved in lowered.names.items() if saved.over_iterations)
+            if lowered
+            else frozenset(),
             frozenset(name for name, saved in lowered.names.items() if saved.stream) if lowered else frozenset(),
             self._state.limits.inline_result_bytes,
             self._keep,

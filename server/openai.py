@@ -136,7 +136,9 @@ def _with_values(carried: Carried, response: JSONResponse, named: str | None) ->
     _put(carried, body)
     if named is not None and "model" in body:
         body["model"] = named
-    headers = {name: value for name, value in response.headers.items() if name not in ("content-length", "content-type")}
+    headers = {
+        name: value for name, value in response.headers.items() if name not in ("content-length", "content-type")
+    }
     return JSONResponse(body, status_code=response.status_code, headers=headers, background=response.background)
 
 
@@ -163,9 +165,7 @@ def _is_opening(choice: dict[str, Any]) -> bool:
     return delta is not None and "role" in delta and not delta.get("content") and choice.get("finish_reason") is None
 
 
-async def _events_with(
-    carried: Carried, events: AsyncIterator[Any], named: str | None
-) -> AsyncIterator[str | bytes]:
+async def _events_with(carried: Carried, events: AsyncIterator[Any], named: str | None) -> AsyncIterator[str | bytes]:
     try:
         async for event in events:
             yield _event_with(carried, event, named) if isinstance(event, str) else event

@@ -42,7 +42,9 @@ class Plugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes; those of vLLM's with the same path and method give way."""
         if not getattr(app.state.args, "serves_interventions", False):
-            raise EngineSettingError("interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes")
+            raise EngineSettingError(
+                "interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes"
+            )
         for module in (openai, tensors, results, edited, traces):
             app.include_router(module.router, dependencies=[Depends(_hide_lines)])
         app.exception_handler(Refused)(answer_refused)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import v2_on_cpu
+from live_server import LiveServer, serve_tiny
 
 from nnsight_vllm import demo_model
 
@@ -80,6 +81,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return tiny(arch, root)
 
     return path
+
+
+@pytest.fixture(scope="session")
+def live(tiny_checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server on a tiny llama with two tenants, for all tests that talk to one: use names of your own in it."""
+    with serve_tiny(tiny_checkpoint("llama"), tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 def _start(checkpoint: str, keywords: dict[str, Any]) -> VLLM:

