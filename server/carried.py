@@ -90,15 +90,16 @@ class Carried:
         rows = len(prompt["prompt_token_ids"])
         tensors: dict[str, bytes] = {}
         edits: tuple[bytes, ...] = ()
-        tree = self._state.engine.tree
+        tree, limits = self._state.engine.tree, self._state.limits
         if self._edited is not None:
             known = self._edited.tensors
-            standing = lower(self._edited.intervention, tree, rows, params.max_tokens, self._edited.tensor_of)
+            standing = lower(
+                self._edited.intervention, tree, rows, params.max_tokens, self._edited.tensor_of, limits.graph_nodes
+            )
             edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
         own = None
         if self._intervention is not None:
-            find = partial(self._state.tensors.find, self._tenant)
-            own = lower(self._intervention, tree, rows, params.max_tokens, find)
+            own = lower(self._intervention, tree, rows, params.max_tokens, self._tensor_of, limits.graph_nodes)
             tensors = {**tensors, **own.tensors}
         request = Request(
             Prompt(rows, prompt.get("prompt"), prompt),
@@ -109,6 +110,13 @@ class Carried:
             tenant=self._state.engine.tenant(self._tenant),
         )
         return request, tensors, own
+
+    def _tensor_of(self, reference: str, param: str) -> tuple[str, bytes]:
+        """The tenant's tensor. Raises `Refused` with the place where it is named."""
+        try:
+            return self._state.tensors.get(self._tenant, reference)
+        except Refused as error:
+            raise Refused(error.message, param, status=error.status, kind=error.kind) from None
 
     def _keep(self, data: bytes) -> str:
         return f"{RESULTS}/{self._state.results.add(self._tenant, data)}"

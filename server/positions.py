@@ -1,0 +1,143 @@
+"""Positions of the short form as rows of iterations: what an edit or a save touches, and when.
+
+Position p of a prompt of R tokens is row p of iteration 0; from R on it is the only row of iteration p - R + 1. Logits and
+samples have one row an iteration, whose position is the last so far: R - 1 in iteration 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.schema import PositionRange, Word
+
+LAST = slice(-1, None)
+Rows = slice | list[int] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows at iterations `first, first + step, ...` below `stop` (None: no end). `rows` None: all; a list of them rises."""
+
+    first: int
+    stop: int | None
+    step: int = 1
+    rows: Rows = None
+
+    def starts(self, begin: int) -> int:
+        """Its first iteration from `begin` on."""
+        return max(self.first, begin + (self.first - begin) % self.step)
+
+    def is_in(self, begin: int, end: int | None) -> bool:
+        """Whether it has an iteration from `begin` on and below `end`."""
+        start = self.starts(begin)
+        return (self.stop is None or start < self.stop) and (end is None or start < end)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`over_iterations`: not the prompt alone. `is_single`: one row at each iteration."""
+
+    parts: tuple[Part, ...]
+    over_iterations: bool
+    is_single: bool
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A block of the graph: iterations `start, start + step, ...` below `stop`, and what is done in it, by the number of the action.
+
+    A part whose step isn't 1 is done at its own iterations only.
+    """
+
+    start: int
+    stop: int | None
+    step: int
+    actions: tuple[tuple[int, Part], ...]
+
+
+def choose(
+    positions: Word | Sequence[int] | PositionRange, rows: int, max_tokens: int | None, has_one_row: bool, param: str
+) -> Chosen:
+    """The positions in a prompt of `rows` tokens. Raises `Refused` for those that never come."""
+    if positions == "all":
+        return Chosen((Part(0, None),), True, has_one_row)
+    if positions == "last":
+        return Chosen((Part(0, None, rows=LAST),), True, True)
+    if positions == "prompt":
+        return Chosen((Part(0, 1),), False, has_one_row)
+    if positions == "generated":
+        return Chosen((Part(1, None),), True, True)
+    before = rows - 1 if has_one_row else 0  # positions without a row
+    last = None if max_tokens is None else rows + max_tokens - 2
+    if isinstance(positions, PositionRange):
+        return _range(positions, rows, before, last, has_one_row, param)
+    return _list(sorted(set(map(int, positions))), rows, before, last, has_one_row, param)
+
+
+def _list(positions: list[int], rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Chosen:
+    if positions[0] < before:
+        raise Refused(f"there is one row an iteration here, the first at position {before}; got {positions[0]}", param)
+    _refuse_late(positions[-1], last, param)
+    in_prompt = [p - before for p in positions if p < rows]
+    later = [p - rows + 1 for p in positions if p >= rows]
+    parts = [Part(0, 1, rows=_as_slice(in_prompt))] if in_prompt else []
+    parts += [Part(start, stop) for start, stop in _runs(later)]
+    return Chosen(tuple(parts), bool(later), has_one_row or not in_prompt)
+
+
+def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Chosen:
+    start = asked.start + max(0, -((asked.start - before) // asked.step)) * asked.step  # the first that has a row
+    if asked.stop is not None and start >= asked.stop:
+        raise Refused(f"there is one row an iteration here, the first at position {before}", param)
+    _refuse_late(start, last, param)
+    parts = []
+    if start < rows:
+        stop = rows if asked.stop is None else min(asked.stop, rows)
+        parts.append(Part(0, 1, rows=slice(start - before, stop - before, asked.step)))
+    later = start if start >= rows else rows + (start - rows) % asked.step
+    is_later = asked.stop is None or later < asked.stop
+    if is_later:
+        end = None if asked.stop is None else asked.stop - rows + 1
+        parts.append(Part(later - rows + 1, end, asked.step))
+    return Chosen(tuple(parts), is_later, has_one_row or start >= rows)
+
+
+def _refuse_late(position: int, last: int | None, param: str) -> None:
+    if last is not None and position > last:
+        raise Refused(f"position {position} never comes: with this prompt and max_tokens the last is {last}", param)
+
+
+def _as_slice(rows: list[int]) -> Rows:
+    """As a slice where they are evenly spaced: that is a view."""
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    even = range(rows[0], rows[-1] + 1, step)
+    return slice(rows[0], rows[-1] + 1, step) if rows == list(even) else rows
+
+
+def _runs(iterations: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours as (first, behind the last)."""
+    begin = 0
+    for i in range(1, len(iterations) + 1):
+        if i == len(iterations) or iterations[i] != iterations[i - 1] + 1:
+            yield iterations[begin], iterations[i - 1] + 1
+            begin = i
+
+
+def stretches(chosen: Sequence[Chosen], max_tokens: int | None) -> Iterator[Stretch]:
+    """The blocks that hold all parts that run, one after the other; as few as can be."""
+    parts = [(i, part) for i, one in enumerate(chosen) for part in one.parts]
+    marks = sorted({mark for _, part in parts for mark in (part.first, part.stop) if mark is not None})
+    for begin, end in zip_longest(marks, marks[1:]):
+        active = [(i, part) for i, part in parts if part.first <= begin and part.is_in(begin, end)]
+        paces = {(part.starts(begin), part.step) for _, part in active}
+        if len(paces) == 1:
+            ((start, step),) = paces
+            found = Stretch(start, end, step, tuple((i, Part(start, end, 1, part.rows)) for i, part in active))
+        else:
+            paced = ((i, Part(part.starts(begin), end, part.step, part.rows)) for i, part in active)
+            found = Stretch(begin, end, 1, tuple(paced))
+        if active and (max_tokens is None or found.start < max_tokens):
+            yield found

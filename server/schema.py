@@ -1,0 +1,265 @@
+"""The field `intervention` of a request's body. Closed: a name that isn't told here is an error.
+
+Only shapes and types are judged here. What the model, the prompt's length and the tenant's tensors decide, `short.py` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from starlette.responses import Response
+from vllm.entrypoints.serve.exception_handling.handlers.validation import validation_exception_handler
+
+from nnsight_vllm.server.errors import Refused, answer_refused
+
+MAX_ACTIONS = 1024  # edits, saves, positions of a list
+MAX_INLINE = 8 << 20  # characters of base64 in an inline tensor
+
+Word = Literal["all", "prompt", "generated", "last"]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Position = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PositionRange(Closed):
+    """Positions `start, start + step, ...` below `stop`."""
+
+    start: Position = Field(0, description="The first position.")
+    stop: Position | None = Field(None, description="The end, not included; none: as long as the request runs.")
+    step: Annotated[int, Field(ge=1, lt=2**31, strict=True)] = Field(1, description="The distance between positions.")
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> PositionRange:
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError(f"the range from {self.start} to {self.stop} holds no position")
+        return self
+
+
+class InlineTensor(Closed):
+    """A small tensor in the body itself."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(description="What its bytes are.")
+    shape: list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]] = Field(max_length=2, description="Its sizes.")
+    data: str = Field(max_length=MAX_INLINE, description="Base64 of its elements, row by row, little-endian.")
+
+
+def _kind_of(value: object) -> str:
+    """The branch of a union, by the JSON type, so that an error is about one branch only."""
+    if isinstance(value, list | tuple):
+        return "(list)"
+    return "(object)" if isinstance(value, dict | BaseModel) else "(text)"
+
+
+Reference = Annotated[str, Field(min_length=1, max_length=256)]
+Tensor = Annotated[
+    Annotated[Reference, Tag("(text)")] | Annotated[InlineTensor, Tag("(object)")],
+    Discriminator(lambda value: _kind_of(value).replace("(list)", "(text)")),
+]
+Positions = Annotated[
+    Annotated[Word, Tag("(text)")]
+    | Annotated[list[Position], Field(min_length=1, max_length=MAX_ACTIONS), Tag("(list)")]
+    | Annotated[PositionRange, Tag("(object)")],
+    Discriminator(_kind_of),
+]
+_SITE = Field(
+    max_length=512,
+    description="`<module>.output[0]`, `<module>.output` (of a block the same), `<module>.input`, `logits` or `samples`.",
+)
+_POSITIONS = Field(
+    "all",
+    description="`all`, `prompt`, `generated`, `last` (the prompt's last row, then each generated one), a list of absolute "
+    "positions, or a range. Logits and samples have one row an iteration: that of the last token so far.",
+)
+_TENSOR = "Digest (sha256) or name of a stored tensor, or a small one inline."
+
+
+class _Edit(Closed):
+    site: str = _SITE
+    positions: Positions = _POSITIONS
+
+
+class Add(_Edit):
+    """`h += scale * tensor`"""
+
+    op: Literal["add"]
+    tensor: Tensor = Field(description=f"[hidden]. {_TENSOR}")
+    scale: Number = Field(1.0, description="How much of it.")
+
+
+class Scale(_Edit):
+    """`h *= scale`"""
+
+    op: Literal["scale"]
+    scale: Number = Field(description="The factor.")
+
+
+class Set(_Edit):
+    """`h = tensor`"""
+
+    op: Literal["set"]
+    tensor: Tensor = Field(description=f"[hidden]. {_TENSOR}")
+
+
+class Ablate(_Edit):
+    """`h = 0`"""
+
+    op: Literal["ablate"]
+
+
+class ProjectOut(_Edit):
+    """`h -= scale * (h·d) / (d·d) * d`"""
+
+    op: Literal["project_out"]
+    tensor: Tensor = Field(description=f"The direction d, [hidden]. {_TENSOR}")
+    scale: Number = Field(1.0, description="With 1 nothing is left along d.")
+
+
+class Clamp(_Edit):
+    """Move h along d, as little as needed, so that `h·d / |d|` is from `low` to `high`."""
+
+    op: Literal["clamp"]
+    tensor: Tensor = Field(description=f"The direction d, [hidden]. {_TENSOR}")
+    low: Number | None = Field(None, description="The lower bound, if any.")
+    high: Number | None = Field(None, description="The upper bound, if any.")
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> Clamp:
+        if self.low is None and self.high is None:
+            raise ValueError("a clamp has `low`, `high` or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"expected low <= high; got {self.low} and {self.high}")
+        return self
+
+
+class NormAdd(_Edit):
+    """`h + scale * tensor`, scaled back to the length of h."""
+
+    op: Literal["norm_add"]
+    tensor: Tensor = Field(description=f"[hidden]. {_TENSOR}")
+    scale: Number = Field(1.0, description="How much of it.")
+
+
+class LowRank(_Edit):
+    """`h += scale * up @ (down @ h)`"""
+
+    op: Literal["low_rank"]
+    down: Tensor = Field(description=f"[rank, hidden]. {_TENSOR}")
+    up: Tensor = Field(description=f"[hidden, rank]. {_TENSOR}")
+    scale: Number = Field(1.0, description="How much of it.")
+
+
+class SaeClamp(_Edit):
+    """Set one feature of a sparse autoencoder: `h += (value - relu(encoder·h + bias)) * decoder`"""
+
+    op: Literal["sae_clamp"]
+    encoder: Tensor = Field(description=f"The feature's encoder row, [hidden]. {_TENSOR}")
+    decoder: Tensor = Field(description=f"The feature's decoder row, [hidden]. {_TENSOR}")
+    bias: Number = Field(0.0, description="The encoder's bias.")
+    value: Number = Field(description="What the feature is set to.")
+
+
+Edit = Annotated[
+    Add | Scale | Set | Ablate | ProjectOut | Clamp | NormAdd | LowRank | SaeClamp, Field(discriminator="op")
+]
+OPERATIONS = ("add", "scale", "set", "ablate", "project_out", "clamp", "norm_add", "low_rank", "sae_clamp")
+
+
+class SaveSpec(Closed):
+    """A value to send home, as it is after all edits of its site."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)] = Field(description="Its name in the answer.")
+    site: str = _SITE
+    positions: Positions = _POSITIONS
+    stream: bool = Field(False, description="When streaming: in the chunk of the token that it belongs to.")
+
+
+class Intervention(Closed):
+    """What to read and edit while a request runs: the short form (`edits`, `save`) or the full one (`graph`)."""
+
+    edits: list[Edit] = Field(default=[], max_length=MAX_ACTIONS, description="Applied in this order.")
+    save: list[SaveSpec] = Field(default=[], max_length=MAX_ACTIONS, description="Values to send home.")
+    graph: dict[str, Any] | None = Field(None, description="A whole graph, as `nv.record` and `to_json` print it.")
+    tensors: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=MAX_INLINE)]] = Field(
+        default={}, description="By digest: base64 of safetensors bytes with one tensor named `tensor`."
+    )
+    stream: list[str] = Field(
+        default=[], max_length=MAX_ACTIONS, description="Names that a graph saves, to be streamed with their tokens."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_form(self) -> Intervention:
+        if self.graph is not None and (self.edits or self.save):
+            raise ValueError("`graph` is the full form: put edits and saves into it, without `edits` and `save`")
+        if self.graph is None and not (self.edits or self.save):
+            raise ValueError("it is empty: expected `edits`, `save` or `graph`")
+        if self.graph is None and self.stream:
+            raise ValueError("`stream` is for the names of a `graph`; an entry of `save` has its own")
+        return self
+
+
+# -- what is told where a body doesn't fit -------------------------------------------------------------------------------
+
+
+async def answer_invalid(request: Request, error: RequestValidationError) -> Response:
+    """FastAPI's handler: what is wrong in our field with a path into it, all else as vLLM tells it."""
+    found = [one for one in error.errors() if "intervention" in one["loc"]]
+    if found:
+        return await answer_refused(request, refusal_of(found[0], len(found) - 1))
+    response: Response = await validation_exception_handler(request, error)
+    return response
+
+
+def refusal_of(error: dict[str, Any], num_more: int = 0) -> Refused:
+    """Pydantic's error, for a stranger."""
+    param, message = path_of(error["loc"]), str(error["msg"]).removeprefix("Value error, ")
+    got, near = error.get("input"), ""
+    if error["type"] == "union_tag_invalid":
+        param, got = f"{param}.op", got.get("op") if isinstance(got, dict) else got
+        message, near = f"expected one of {', '.join(OPERATIONS)}", _near(got, OPERATIONS)
+    elif error["type"] == "union_tag_not_found":
+        param, message = f"{param}.op", f"expected one of {', '.join(OPERATIONS)}"
+    elif error["type"] == "literal_error":
+        message = f"expected {error['ctx']['expected']}"
+        near = _near(got, str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    elif error["type"] == "extra_forbidden":
+        message = "there is no such field"
+    elif error["type"] == "missing":
+        message = "a field is missing here"
+    if error["type"] != "missing":
+        message += f"; got {_shown(got)}{near}"
+    return Refused(message + (f" (and {num_more} more errors)" if num_more else ""), param)
+
+
+def path_of(loc: tuple[str | int, ...]) -> str:
+    """A path as a client would write it, without what pydantic adds for the branches of unions."""
+    return "".join(_steps(loc)).lstrip(".")[:200]
+
+
+def _steps(loc: tuple[str | int, ...]) -> Iterator[str]:
+    for i, part in enumerate(loc):
+        is_branch = str(part).startswith("(") or (i > 1 and loc[i - 2] == "edits" and isinstance(loc[i - 1], int))
+        if isinstance(part, int):
+            yield f"[{part}]"
+        elif i and loc[i - 1] == "tensors":
+            yield f"[{part!r}]"
+        elif part not in ("body", "[key]") and not is_branch:
+            yield f".{part}"
+
+
+def _near(got: object, known: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(got[:64], known, n=3, cutoff=0.5) if isinstance(got, str) else []
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | dict | BaseModel):
+        return {list: "a list", dict: "an object"}.get(type(value), "an object")
+    return f"{value!r:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

@@ -1,0 +1,434 @@
+"""An intervention of a request's body as a graph for one prompt's length. Nothing after this knows the short form.
+
+The short form is recorded as a user's block would be, so shapes and order are checked where they can be told, and what the
+kernels' table knows is written the way the table knows it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import operator
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import safetensors.torch
+import torch
+
+from nnsight_vllm import edits
+from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.graph.catalogue import SiteInfo
+from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
+from nnsight_vllm.graph.walk import blocks_of, constants_of, nodes_of
+from nnsight_vllm.graph.wire import digest, from_json
+from nnsight_vllm.kernels.table import DTYPES
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, stretches
+from nnsight_vllm.server.received import check_tensor
+from nnsight_vllm.server.schema import (
+    Ablate,
+    Add,
+    Clamp,
+    Edit,
+    InlineTensor,
+    Intervention,
+    LowRank,
+    NormAdd,
+    ProjectOut,
+    SaeClamp,
+    SaveSpec,
+    Scale,
+    Set,
+)
+from nnsight_vllm.server.sitenames import find_site
+from nnsight_vllm.trace import active
+from nnsight_vllm.trace.encode import Constants
+from nnsight_vllm.trace.iterations import IterationBlock
+from nnsight_vllm.trace.places import SINGLE_ROW
+from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.source import hide_lines
+from nnsight_vllm.trace.tree import Tree
+
+MAX_NODES = 100_000
+
+TensorOf = Callable[[str, str], tuple[str, bytes]]
+"""(digest or name, where it stands in the body) -> (digest, safetensors bytes with one tensor named `tensor`). Raises `Refused`."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a saved value comes home: over iterations it is a list with an item for each."""
+
+    over_iterations: bool
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`tensors`: those that the graph names, by digest. `names`: what it saves."""
+
+    graph: Graph
+    tensors: dict[str, bytes]
+    names: dict[str, Saved]
+
+
+def lower(
+    intervention: Intervention,
+    tree: Tree,
+    rows: int,
+    max_tokens: int | None,
+    tensor_of: TensorOf,
+    max_nodes: int = MAX_NODES,
+) -> Lowered:
+    """The graph for a prompt of `rows` tokens, with at most `max_nodes`. Raises `Refused` with the place in the body."""
+    sent = _Sent(intervention.tensors, tensor_of)
+    if intervention.graph is not None:
+        return _full(intervention, tree, sent, max_nodes)
+    recording = _Recording(intervention, tree, rows, max_tokens, sent, max_nodes)
+    return copy_context().run(recording.run)  # nothing of it is left in the caller's context
+
+
+class _Sent:
+    """The tensors of one intervention, wherever they come from. `used`: by digest."""
+
+    def __init__(self, given: dict[str, str], tensor_of: TensorOf) -> None:
+        self.used: dict[str, bytes] = {}
+        self._tensor_of = tensor_of
+        self._given = {name: _base64(text, f"intervention.tensors[{name!r}]") for name, text in given.items()}
+        for name, data in self._given.items():
+            check_tensor(name, data, f"intervention.tensors[{name!r}]")
+
+    def find(self, reference: str | InlineTensor, param: str) -> tuple[str, bytes]:
+        if isinstance(reference, InlineTensor):
+            data = _inline(reference, param)
+            found = digest(data), data
+        elif reference in self._given:
+            found = reference, self._given[reference]
+        else:
+            found = self._tensor_of(reference, param)
+        self.used[found[0]] = found[1]
+        return found
+
+    def refuse_unused(self) -> None:
+        unused = self._given.keys() - self.used.keys()
+        if unused:
+            raise Refused("nothing in the intervention names it", f"intervention.tensors[{min(unused)!r}]")
+
+
+# -- the full form -------------------------------------------------------------------------------------------------------
+
+
+def _full(intervention: Intervention, tree: Tree, sent: _Sent, max_nodes: int) -> Lowered:
+    param = "intervention.graph"
+    try:
+        graph = from_json(msgspec.json.encode(intervention.graph))
+        _count(graph, max_nodes, param)
+        check(graph, tree.catalogue)
+    except NNsightError as error:
+        raise _refused(error, param) from None
+    except (RecursionError, OverflowError, ValueError, TypeError) as error:  # JSON that msgspec doesn't write
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"not an intervention graph: {error}", param) from None
+    for name in sorted(constants_of(graph.body)):
+        sent.find(name, param)
+    sent.refuse_unused()
+    lists = _names_of(graph)
+    for i, name in enumerate(intervention.stream):
+        if name not in lists:
+            raise Refused(
+                f"the graph saves no {name[:64]!r}; it saves {sorted(lists)[:20]}", f"intervention.stream[{i}]"
+            )
+    streamed = frozenset(intervention.stream)
+    return Lowered(graph, sent.used, {name: Saved(over, name in streamed) for name, over in lists.items()})
+
+
+def _count(graph: Graph, most: int, param: str) -> None:
+    """Refuse too many nodes. Without recursion, and before the check, whose time grows with them."""
+    due, found = [graph.body], 0
+    while due:
+        block = due.pop()
+        found += len(block.nodes)
+        if found > most:
+            raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
+        due += [inner for node in block.nodes for inner in blocks_of(node)]
+
+
+def _names_of(graph: Graph) -> dict[str, bool]:
+    """What a graph saves, and whether it grows with the iterations: saved in or behind a block of them, or a list filled there."""
+    blocks = [node for node in graph.body.nodes if isinstance(node, Iterations)]
+    inside = list(nodes_of(Block(list(blocks))))
+    filled = {arg.id for node in inside if isinstance(node, Op) for arg in node.args[:1] if isinstance(arg, Ref)}
+    found: dict[str, bool] = {}
+    is_behind = False
+    for node in graph.body.nodes:
+        is_behind = is_behind or isinstance(node, Iterations)
+        for one in nodes_of(Block([node])):
+            if isinstance(one, Save):
+                is_filled = isinstance(one.value, Ref) and one.value.id in filled
+                found[one.name] = found.get(one.name, False) or is_behind or is_filled
+    return found
+
+
+# -- the short form ------------------------------------------------------------------------------------------------------
+
+
+class _Constants(Constants):
+    """Tensors that are safetensors bytes already; the recorder sees their shapes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, str] = {}
+        self._kept: list[torch.Tensor] = []
+
+    def named(self, name: str, data: bytes) -> torch.Tensor:
+        """A stand-in for the tensor in these bytes."""
+        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["tensor"]
+        dtype = _BY_NAME.get(header["dtype"])
+        if dtype is None:
+            raise ValueError(f"expected a tensor of float32, float16 or bfloat16; got {header['dtype']}")
+        stand_in = torch.empty(header["shape"], dtype=dtype, device="meta")
+        self._kept.append(stand_in)
+        self._names[id(stand_in)] = name
+        return stand_in
+
+    def add(self, tensor: torch.Tensor) -> str:
+        return self._names[id(tensor)]
+
+
+_BY_NAME = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class _Action:
+    """An edit or a save, and where it is in the body."""
+
+    spec: Any
+    param: str
+    site: SiteInfo
+    chosen: Chosen
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    list: Any = None
+
+    @property
+    def is_save(self) -> bool:
+        return isinstance(self.spec, SaveSpec)
+
+
+class _Recording:
+    """Records one short form. `run` is called once, in a context of its own."""
+
+    def __init__(
+        self,
+        intervention: Intervention,
+        tree: Tree,
+        rows: int,
+        max_tokens: int | None,
+        sent: _Sent,
+        max_nodes: int,
+    ) -> None:
+        self._intervention, self._tree, self._rows, self._max_tokens = intervention, tree, rows, max_tokens
+        self._sent = sent
+        self._max_nodes = max_nodes
+        self._constants = _Constants()
+        self._recorder: Recorder
+
+    def run(self) -> Lowered:
+        hide_lines()
+        actions = self._actions()
+        self._sent.refuse_unused()
+        blocks = list(stretches([action.chosen for action in actions], self._max_tokens))
+        num_nodes = sum(len(block.actions) for block in blocks)
+        if num_nodes > self._max_nodes:
+            message = f"at least {num_nodes} nodes in the graph that this makes; the limit is {self._max_nodes}"
+            raise Refused(message, "intervention", kind="AdmissionError")
+        self._recorder = Recorder(self._tree, self._constants, self._rows, self._max_tokens)
+        active.push(self._recorder)
+        for action in actions:
+            if action.is_save and action.chosen.over_iterations:
+                action.list = self._recorder.op("py.list", list, (), {})
+                self._save(action, action.list)
+        for block in blocks:
+            self._block(block, actions)
+        try:
+            graph = self._recorder.graph()
+            _count(graph, self._max_nodes, "intervention")
+            check(graph, self._tree.catalogue)
+        except NNsightError as error:
+            raise _refused(error, "intervention") from None
+        saves = [action for action in actions if action.is_save]
+        names = {one.spec.name: Saved(one.chosen.over_iterations, one.spec.stream) for one in saves}
+        used = constants_of(graph.body)
+        return Lowered(graph, {name: data for name, data in self._sent.used.items() if name in used}, names)
+
+    def _actions(self) -> list[_Action]:
+        found = [self._action(edit, f"intervention.edits[{i}]") for i, edit in enumerate(self._intervention.edits)]
+        known: dict[str, int] = {}
+        for i, save in enumerate(self._intervention.save):
+            if save.name in known:
+                message = f"{save.name!r} is the name of save[{known[save.name]}] already"
+                raise Refused(message, f"intervention.save[{i}].name")
+            known[save.name] = i
+            found.append(self._action(save, f"intervention.save[{i}]"))
+        return sorted(found, key=lambda one: (one.site.order, one.site.name, one.is_save))
+
+    def _action(self, spec: Edit | SaveSpec, param: str) -> _Action:
+        site = find_site(self._tree, spec.site, f"{param}.site")
+        positions = f"{param}.positions"
+        has_one_row = site.name.startswith(SINGLE_ROW)
+        asked: Any = spec.positions
+        action = _Action(spec, param, site, choose(asked, self._rows, self._max_tokens, has_one_row, positions))
+        if not isinstance(spec, SaveSpec):
+            self._check_editable(site, f"{param}.site")
+            action.tensors = self._tensors(spec, site.shape[-1], param)
+        return action
+
+    @staticmethod
+    def _check_editable(site: SiteInfo, param: str) -> None:
+        if site.name == "samples.output":
+            raise Refused("samples are token ids: the short form's edits don't apply; a graph may change them", param)
+        if site.refuse_write:
+            raise Refused(f"it can't be changed: {site.refuse_write}", param, kind="RefusedError")
+        if getattr(torch, site.dtype) not in DTYPES:
+            raise Refused(f"it holds {site.dtype}, and edits need a floating-point site", param)
+
+    def _tensors(self, edit: Edit, width: int | None, param: str) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name in _VECTORS & type(edit).model_fields.keys():
+            where = f"{param}.{name}"
+            key, data = self._sent.find(getattr(edit, name), where)
+            try:
+                found[name] = self._constants.named(key, data)
+            except ValueError as error:
+                raise Refused(str(error), where) from None
+            if name not in ("down", "up"):
+                _check_shape(found[name], [width], where)
+        if isinstance(edit, LowRank):
+            rank = found["down"].shape[0] if found["down"].ndim == 2 else "rank"
+            _check_shape(found["down"], [rank, width], f"{param}.down")
+            _check_shape(found["up"], [width, rank], f"{param}.up")
+        return found
+
+    def _block(self, block: Stretch, actions: Sequence[_Action]) -> None:
+        with IterationBlock(slice(block.start, block.stop, block.step)) as index:
+            for number, part in block.actions:
+                action = actions[number]
+                try:
+                    if part.step == 1:
+                        self._act(action, part)
+                    else:
+                        self._act_sometimes(action, part, index, block.start)
+                except NNsightError as error:
+                    raise _refused(error, action.param) from None
+
+    def _act_sometimes(self, action: _Action, part: Part, index: Any, start: int) -> None:
+        """Where actions of a block differ in their steps."""
+        is_due = (index - part.first) % part.step == 0
+        if part.first > start:
+            is_due = is_due * (index >= part.first)
+        handle = self._recorder.flow.begin_cond(is_due)
+        self._act(action, part)
+        self._recorder.flow.end_cond(handle, [])
+
+    def _act(self, action: _Action, part: Part) -> None:
+        place = self._recorder.places.read(action.site)
+        if action.is_save:
+            self._collect(action, place, part)
+        elif not action.site.refuse_inplace:
+            _edit(action, place, part.rows)
+        else:
+            changed = place.clone()
+            _edit(action, changed, part.rows)
+            self._recorder.places.write(action.site, changed)
+
+    def _collect(self, action: _Action, place: Any, part: Part) -> None:
+        if action.list is None:
+            self._save(action, _picked(place, part.rows))
+        elif action.chosen.is_single:
+            action.list.append(place[-1])
+        else:
+            action.list.append(_picked(place, part.rows))
+
+    def _save(self, action: _Action, value: Any) -> None:
+        recorder = self._recorder
+        recorder.add(Save(recorder.new_id(), action.spec.name, recorder.use(value)))
+
+
+_VECTORS = frozenset(["tensor", "down", "up", "encoder", "decoder"])
+
+
+def _picked(place: Any, rows: Rows) -> Any:
+    return place if rows is None else place[rows]
+
+
+def _edit(action: _Action, place: Any, rows: Rows) -> None:
+    """Edit rows of the site, in place."""
+    part = _picked(place, rows)
+    _apply(action.spec, part, action.tensors)
+    if isinstance(rows, list):  # torch gathered them
+        place[rows] = part
+
+
+def _apply(edit: Edit, h: Any, tensors: dict[str, torch.Tensor]) -> None:
+    match edit:
+        case Add():
+            h += _product(tensors["tensor"], edit.scale)
+        case Scale():
+            h *= edit.scale
+        case Set():
+            h[:] = tensors["tensor"]
+        case Ablate():
+            h.zero_()
+        case ProjectOut():
+            edits.project_out(h, tensors["tensor"], edit.scale)
+        case Clamp():
+            low = -math.inf if edit.low is None else edit.low
+            edits.clamp(h, tensors["tensor"], low, math.inf if edit.high is None else edit.high)
+        case NormAdd():
+            edits.norm_matched_add(h, tensors["tensor"], edit.scale)
+        case LowRank():
+            edits.low_rank(h, tensors["down"], tensors["up"], edit.scale)
+        case SaeClamp():
+            edits.sae_clamp(h, tensors["encoder"], tensors["decoder"], edit.value, edit.bias)
+
+
+def _product(vector: torch.Tensor, scale: float) -> Any:
+    """Recorded even where the scale is 1: requests that differ in it alone then share a program."""
+    return active.current("add").op("py.mul", operator.mul, (vector, scale), {})
+
+
+# -- tensors -------------------------------------------------------------------------------------------------------------
+
+
+def _check_shape(tensor: torch.Tensor, expected: list[Any], param: str) -> None:
+    if list(tensor.shape) != expected:
+        raise Refused(f"expected a tensor of shape {expected}; got {list(tensor.shape)}".replace("'", ""), param)
+
+
+def _inline(inline: InlineTensor, param: str) -> bytes:
+    """As safetensors bytes, the same that a tensor of the client's would be."""
+    data = _base64(inline.data, f"{param}.data")
+    dtype: torch.dtype = getattr(torch, inline.dtype)
+    size = math.prod(inline.shape) * dtype.itemsize
+    if size != len(data):
+        raise Refused(f"expected {size} bytes for {inline.dtype} {inline.shape}; got {len(data)}", f"{param}.data")
+    if not data:
+        raise Refused("a tensor without elements", f"{param}.shape")
+    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    return safetensors.torch.save({"tensor": flat.reshape(inline.shape)})
+
+
+def _base64(text: str, param: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(f"not base64: {error}", param) from None
+
+
+def _refused(error: NNsightError, param: str) -> Refused:
+    return Refused(str(error).removesuffix("; in the request"), param, kind=type(error).__name__)
