@@ -90,16 +90,14 @@ class Carried:
         rows = len(prompt["prompt_token_ids"])
         tensors: dict[str, bytes] = {}
         edits: tuple[bytes, ...] = ()
-        tree, limits = self._state.engine.tree, self._state.limits
         if self._edited is not None:
             known = self._edited.tensors
-            standing = lower(
-                self._edited.intervention, tree, rows, params.max_tokens, self._edited.tensor_of, limits.graph_nodes
-            )
+            standing = self._standing(self._edited, rows, params.max_tokens)
             edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
         own = None
         if self._intervention is not None:
-            own = lower(self._intervention, tree, rows, params.max_tokens, self._tensor_of, limits.graph_nodes)
+            tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+            own = lower(self._intervention, tree, rows, params.max_tokens, self._tensor_of, most)
             tensors = {**tensors, **own.tensors}
         request = Request(
             Prompt(rows, prompt.get("prompt"), prompt),
@@ -110,6 +108,14 @@ class Carried:
             tenant=self._state.engine.tenant(self._tenant),
         )
         return request, tensors, own
+
+    def _standing(self, edited: EditedModel, rows: int, max_tokens: int | None) -> Lowered:
+        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+        try:
+            return lower(edited.intervention, tree, rows, max_tokens, edited.tensor_of, most)
+        except Refused as error:
+            message = f"the edit {edited.name!r} can't go with this request: {error.param}: {error.message}"
+            raise Refused(message, "model", status=error.status, kind=error.kind) from None
 
     def _tensor_of(self, reference: str, param: str) -> tuple[str, bytes]:
         """The tenant's tensor. Raises `Refused` with the place where it is named."""

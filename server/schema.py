@@ -32,9 +32,11 @@ class Closed(BaseModel):
 class PositionRange(Closed):
     """Positions `start, start + step, ...` below `stop`."""
 
-    start: Position = Field(0, description="The first position.")
-    stop: Position | None = Field(None, description="The end, not included; none: as long as the request runs.")
-    step: Annotated[int, Field(ge=1, lt=2**31, strict=True)] = Field(1, description="The distance between positions.")
+    start: Position = Field(default=0, description="The first position.")
+    stop: Position | None = Field(default=None, description="The end, not included; none: as long as the request runs.")
+    step: Annotated[int, Field(ge=1, lt=2**31, strict=True)] = Field(
+        default=1, description="The distance between positions."
+    )
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> PositionRange:
@@ -73,8 +75,8 @@ _SITE = Field(
     max_length=512,
     description="`<module>.output[0]`, `<module>.output` (of a block the same), `<module>.input`, `logits` or `samples`.",
 )
-_POSITIONS = Field(
-    "all",
+_POSITIONS: Any = Field(
+    default="all",
     description="`all`, `prompt`, `generated`, `last` (the prompt's last row, then each generated one), a list of absolute "
     "positions, or a range. Logits and samples have one row an iteration: that of the last token so far.",
 )
@@ -91,7 +93,7 @@ class Add(_Edit):
 
     op: Literal["add"]
     tensor: Tensor = Field(description=f"[hidden]. {_TENSOR}")
-    scale: Number = Field(1.0, description="How much of it.")
+    scale: Number = Field(default=1.0, description="How much of it.")
 
 
 class Scale(_Edit):
@@ -119,7 +121,7 @@ class ProjectOut(_Edit):
 
     op: Literal["project_out"]
     tensor: Tensor = Field(description=f"The direction d, [hidden]. {_TENSOR}")
-    scale: Number = Field(1.0, description="With 1 nothing is left along d.")
+    scale: Number = Field(default=1.0, description="With 1 nothing is left along d.")
 
 
 class Clamp(_Edit):
@@ -127,8 +129,8 @@ class Clamp(_Edit):
 
     op: Literal["clamp"]
     tensor: Tensor = Field(description=f"The direction d, [hidden]. {_TENSOR}")
-    low: Number | None = Field(None, description="The lower bound, if any.")
-    high: Number | None = Field(None, description="The upper bound, if any.")
+    low: Number | None = Field(default=None, description="The lower bound, if any.")
+    high: Number | None = Field(default=None, description="The upper bound, if any.")
 
     @model_validator(mode="after")
     def _has_bounds(self) -> Clamp:
@@ -144,7 +146,7 @@ class NormAdd(_Edit):
 
     op: Literal["norm_add"]
     tensor: Tensor = Field(description=f"[hidden]. {_TENSOR}")
-    scale: Number = Field(1.0, description="How much of it.")
+    scale: Number = Field(default=1.0, description="How much of it.")
 
 
 class LowRank(_Edit):
@@ -153,7 +155,7 @@ class LowRank(_Edit):
     op: Literal["low_rank"]
     down: Tensor = Field(description=f"[rank, hidden]. {_TENSOR}")
     up: Tensor = Field(description=f"[hidden, rank]. {_TENSOR}")
-    scale: Number = Field(1.0, description="How much of it.")
+    scale: Number = Field(default=1.0, description="How much of it.")
 
 
 class SaeClamp(_Edit):
@@ -162,7 +164,7 @@ class SaeClamp(_Edit):
     op: Literal["sae_clamp"]
     encoder: Tensor = Field(description=f"The feature's encoder row, [hidden]. {_TENSOR}")
     decoder: Tensor = Field(description=f"The feature's decoder row, [hidden]. {_TENSOR}")
-    bias: Number = Field(0.0, description="The encoder's bias.")
+    bias: Number = Field(default=0.0, description="The encoder's bias.")
     value: Number = Field(description="What the feature is set to.")
 
 
@@ -178,7 +180,7 @@ class SaveSpec(Closed):
     name: Annotated[str, Field(min_length=1, max_length=64)] = Field(description="Its name in the answer.")
     site: str = _SITE
     positions: Positions = _POSITIONS
-    stream: bool = Field(False, description="When streaming: in the chunk of the token that it belongs to.")
+    stream: bool = Field(default=False, description="When streaming: in the chunk of the token that it belongs to.")
 
 
 class Intervention(Closed):
@@ -186,7 +188,9 @@ class Intervention(Closed):
 
     edits: list[Edit] = Field(default=[], max_length=MAX_ACTIONS, description="Applied in this order.")
     save: list[SaveSpec] = Field(default=[], max_length=MAX_ACTIONS, description="Values to send home.")
-    graph: dict[str, Any] | None = Field(None, description="A whole graph, as `nv.record` and `to_json` print it.")
+    graph: dict[str, Any] | None = Field(
+        default=None, description="A whole graph, as `nv.record` and `to_json` print it."
+    )
     tensors: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=MAX_INLINE)]] = Field(
         default={}, description="By digest: base64 of safetensors bytes with one tensor named `tensor`."
     )

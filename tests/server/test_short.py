@@ -63,7 +63,7 @@ def run(sent: Lowered, rows: int = ROWS, steps: int = STEPS) -> dict[str, Any]:
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    return torch.nn.functional.normalize(vector, dim=-1)
 
 
 OPS: list[tuple[dict[str, Any], Any]] = [
