@@ -99,6 +99,11 @@ class Carried:
             tree, most = self._state.engine.tree, self._state.limits.graph_nodes
             own = lower(self._intervention, tree, rows, params.max_tokens, self._tensor_of, most)
             tensors = {**tensors, **own.tensors}
+        size, most_bytes = sum(map(len, tensors.values())), self._state.limits.constant_bytes
+        if size > most_bytes:
+            raise Refused(
+                f"{size} bytes of constants; the limit is {most_bytes}", "intervention", kind="AdmissionError"
+            )
         request = Request(
             Prompt(rows, prompt.get("prompt"), prompt),
             params,

@@ -126,18 +126,35 @@ def _runs(iterations: list[int]) -> Iterator[tuple[int, int]]:
             begin = i
 
 
-def stretches(chosen: Sequence[Chosen], max_tokens: int | None) -> Iterator[Stretch]:
-    """The blocks that hold all parts that run, one after the other; as few as can be."""
+def refuse_many(found: int, most: int) -> None:
+    """Raise `Refused` where positions make too large a graph: each part is a node at least in every block that it is in."""
+    if found > most:
+        message = f"these positions make a graph of more than {found} nodes; the limit is {most}"
+        raise Refused(message, "intervention", kind="AdmissionError")
+
+
+def stretches(chosen: Sequence[Chosen], max_tokens: int | None, most: int) -> Iterator[Stretch]:
+    """The blocks that hold all parts that run, one after the other; as few as can be. Raises `Refused` above `most` actions in all."""
     parts = [(i, part) for i, one in enumerate(chosen) for part in one.parts]
     marks = sorted({mark for _, part in parts for mark in (part.first, part.stop) if mark is not None})
+    waiting = sorted(parts, key=lambda one: -one[1].first)
+    live: list[tuple[int, Part]] = []
+    found = 0
     for begin, end in zip_longest(marks, marks[1:]):
-        active = [(i, part) for i, part in parts if part.first <= begin and part.is_in(begin, end)]
-        paces = {(part.starts(begin), part.step) for _, part in active}
-        if len(paces) == 1:
-            ((start, step),) = paces
-            found = Stretch(start, end, step, tuple((i, Part(start, end, 1, part.rows)) for i, part in active))
-        else:
-            paced = ((i, Part(part.starts(begin), end, part.step, part.rows)) for i, part in active)
-            found = Stretch(begin, end, 1, tuple(paced))
-        if active and (max_tokens is None or found.start < max_tokens):
-            yield found
+        live = [one for one in live if one[1].stop is None or one[1].stop > begin]
+        while waiting and waiting[-1][1].first == begin:
+            live.append(waiting.pop())
+        live.sort(key=lambda one: one[0])
+        found += len(live)
+        refuse_many(found, most)
+        stretch = _stretch(begin, end, [one for one in live if one[1].is_in(begin, end)])
+        if stretch.actions and (max_tokens is None or stretch.start < max_tokens):
+            yield stretch
+
+
+def _stretch(begin: int, end: int | None, active: list[tuple[int, Part]]) -> Stretch:
+    paces = {(part.starts(begin), part.step) for _, part in active}
+    if len(paces) == 1:
+        ((start, step),) = paces
+        return Stretch(start, end, step, tuple((i, Part(start, end, 1, part.rows)) for i, part in active))
+    return Stretch(begin, end, 1, tuple((i, Part(part.starts(begin), end, part.step, part.rows)) for i, part in active))

@@ -28,7 +28,7 @@ from nnsight_vllm.graph.walk import blocks_of, constants_of, nodes_of
 from nnsight_vllm.graph.wire import digest, from_json
 from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, stretches
+from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, refuse_many, stretches
 from nnsight_vllm.server.received import check_tensor
 from nnsight_vllm.server.schema import (
     Ablate,
@@ -235,6 +235,7 @@ class _Recording:
         self._intervention, self._tree, self._rows, self._max_tokens = intervention, tree, rows, max_tokens
         self._sent = sent
         self._max_nodes = max_nodes
+        self._num_parts = 0
         self._constants = _Constants()
         self._recorder: Recorder
 
@@ -242,11 +243,7 @@ class _Recording:
         hide_lines()
         actions = self._actions()
         self._sent.refuse_unused()
-        blocks = list(stretches([action.chosen for action in actions], self._max_tokens))
-        num_nodes = sum(len(block.actions) for block in blocks)
-        if num_nodes > self._max_nodes:
-            message = f"at least {num_nodes} nodes in the graph that this makes; the limit is {self._max_nodes}"
-            raise Refused(message, "intervention", kind="AdmissionError")
+        blocks = list(stretches([action.chosen for action in actions], self._max_tokens, self._max_nodes))
         self._recorder = Recorder(self._tree, self._constants, self._rows, self._max_tokens)
         active.push(self._recorder)
         for action in actions:
@@ -283,6 +280,8 @@ class _Recording:
         has_one_row = site.name.startswith(SINGLE_ROW)
         asked: Any = spec.positions
         action = _Action(spec, param, site, choose(asked, self._rows, self._max_tokens, has_one_row, positions))
+        self._num_parts += len(action.chosen.parts)
+        refuse_many(self._num_parts, self._max_nodes)
         if not isinstance(spec, SaveSpec):
             self._check_editable(site, f"{param}.site")
             action.tensors = self._tensors(spec, site.shape[-1], param)

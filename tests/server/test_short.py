@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import fake_model
@@ -422,6 +423,16 @@ def test_a_graph_of_a_stranger_is_checked_and_counted() -> None:
     edits = [{**ADD, "tensor": "v8", "positions": [i, i + 4]} for i in range(3)] * 4
     with pytest.raises(Refused, match="the limit is 9"):
         lower(Intervention.model_validate({"edits": edits}), FAKE, ROWS, None, tensor_of, max_nodes=9)
+
+
+def test_many_positions_of_many_edits_are_refused_soon() -> None:
+    positions = [2 * i for i in range(1024)]
+    body = {"edits": [{"site": "1.output", "op": "ablate", "positions": positions}] * 300}
+    start = time.process_time()
+    with pytest.raises(Refused, match="the limit is 5000") as error:
+        lower(Intervention.model_validate(body), TOY, ROWS, None, tensor_of, max_nodes=5000)
+    assert error.value.param == "intervention"
+    assert time.process_time() - start < 2.0  # far less than to record them
 
 
 def test_a_failure_leaves_nothing_open() -> None:
