@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from toy import HIDDEN, VOCAB, Toy, toy_catalogue
 
@@ -203,6 +205,41 @@ def test_positions_of_every_kind_go_together() -> None:
     for ps, got in zip(chunks(), run(sent)["x"], strict=True):
         times = torch.tensor([[float(sum(p in where for _, where in chosen))] for p in ps])
         torch.testing.assert_close(torch.tensor(got), 2 * increments(len(ps)) + times * VECTOR)
+
+
+@st.composite
+def asked(draw: st.DrawFn, last: int) -> tuple[Any, set[int]]:
+    """Positions, and which they are of those up to `last`."""
+    if draw(st.booleans()):
+        some = draw(st.lists(st.integers(0, last), min_size=1, max_size=5))
+        return some, set(some)
+    start, step = draw(st.integers(0, last)), draw(st.integers(1, 4))
+    stop = draw(st.none() | st.integers(start + 1, last + 9))
+    return {"start": start, "step": step, "stop": stop}, set(
+        range(start, min(last + 1, last + 1 if stop is None else stop), step)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(1, 5))
+def test_any_positions_mean_what_they_say(data: st.DataObject, rows: int, steps: int) -> None:
+    last = rows + steps - 2
+    wanted = [data.draw(asked(last)) for _ in range(data.draw(st.integers(0, 4)))]
+    saves = [data.draw(asked(last)) for _ in range(2)]
+    sent = lowered(
+        rows=rows,
+        max_tokens=steps,
+        edits=[{"site": "1.output", "op": "add", "tensor": "v", "positions": one} for one, _ in wanted],
+        save=[{"name": str(i), "site": "1.output", "positions": one} for i, (one, _) in enumerate(saves)],
+    )
+    saved = run(sent, rows, steps)
+    for i, (_, where) in enumerate(saves):
+        value = saved[str(i)] if sent.names[str(i)].over_iterations else [saved[str(i)]]
+        got = [row for item in value for row in torch.tensor(item).reshape(-1, HIDDEN)]
+        plain = {p: row for p, row in enumerate(2 * increments(rows))}
+        plain.update({p: 2 * increments(1)[0] for p in range(rows, last + 1)})
+        due = [plain[p] + sum(p in edited for _, edited in wanted) * VECTOR for p in sorted(where)]
+        torch.testing.assert_close(got, due)
 
 
 def test_what_begins_after_the_last_token_is_left_out() -> None:
