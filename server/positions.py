@@ -153,7 +153,7 @@ def stretches(chosen: Sequence[Chosen], max_tokens: int | None, most: int) -> It
 
 
 def _stretch(begin: int, end: int | None, active: list[tuple[int, Part]]) -> Stretch:
-    paces = {(part.starts(begin), part.step) for _, part in active}
+    paces = {(part.starts(begin), part.step if end != begin + 1 else 1) for _, part in active}
     if len(paces) == 1:
         ((start, step),) = paces
         return Stretch(start, end, step, tuple((i, Part(start, end, 1, part.rows)) for i, part in active))

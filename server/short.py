@@ -314,16 +314,23 @@ class _Recording:
         return found
 
     def _block(self, block: Stretch, actions: Sequence[_Action]) -> None:
+        """The prompt's own stands outside of blocks: its rows then are known by their positions, also to the prefix cache."""
+        if (block.start, block.stop) == (0, 1):
+            self._act_all(block, actions, None)
+            return
         with IterationBlock(slice(block.start, block.stop, block.step)) as index:
-            for number, part in block.actions:
-                action = actions[number]
-                try:
-                    if part.step == 1:
-                        self._act(action, part)
-                    else:
-                        self._act_sometimes(action, part, index, block.start)
-                except NNsightError as error:
-                    raise _refused(error, action.param) from None
+            self._act_all(block, actions, index)
+
+    def _act_all(self, block: Stretch, actions: Sequence[_Action], index: Any) -> None:
+        for number, part in block.actions:
+            action = actions[number]
+            try:
+                if part.step == 1:
+                    self._act(action, part)
+                else:
+                    self._act_sometimes(action, part, index, block.start)
+            except NNsightError as error:
+                raise _refused(error, action.param) from None
 
     def _act_sometimes(self, action: _Action, part: Part, index: Any, start: int) -> None:
         """Where actions of a block differ in their steps."""

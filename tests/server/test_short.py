@@ -19,6 +19,7 @@ from toy import HIDDEN, VOCAB, Toy, toy_catalogue
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations
 from nnsight_vllm.graph.walk import nodes_of
 from nnsight_vllm.graph.wire import digest, encode, to_json
+from nnsight_vllm.plan.caching import Salt, caching_of
 from nnsight_vllm.plan.program import Program, compile_graph
 from nnsight_vllm.plan.template import split
 from nnsight_vllm.server.errors import Refused
@@ -249,7 +250,7 @@ def test_what_begins_after_the_last_token_is_left_out() -> None:
         edits=edits,
         save=[{"name": "x", "site": "1.output"}, {"name": "p", "site": "0.output", "positions": "prompt"}],
     )
-    assert [node.start for node in sent.graph.body.nodes if isinstance(node, Iterations)] == [0]
+    assert not [node for node in sent.graph.body.nodes if isinstance(node, Iterations)]
     assert len(run(sent, steps=1)["x"]) == 1
 
 
@@ -302,6 +303,21 @@ def test_all_and_last_share_one_block_and_a_save_is_a_take() -> None:
 
 def sent_save(positions: Any) -> list[dict[str, Any]]:
     return [{"name": "h", "site": "2.output", "positions": positions}]
+
+
+@pytest.mark.parametrize(
+    ("positions", "salt"),
+    [
+        ("all", Salt.GRAPH),
+        ([1], Salt.GRAPH),
+        ({"start": 0, "stop": 2}, Salt.GRAPH),
+        ("last", Salt.LENGTH),
+        ("prompt", Salt.LENGTH),
+    ],
+)
+def test_edited_rows_are_cached_as_those_of_a_recorded_block(positions: Any, salt: Salt) -> None:
+    sent = lowered(edits=[{"site": "1.output", "op": "add", "tensor": "v", "positions": positions}])
+    assert caching_of(sent.graph, lambda site: 1, lambda digest: 1, ROWS).salt is salt
 
 
 def test_a_site_that_others_share_is_assigned() -> None:
