@@ -6,36 +6,31 @@ kernels' table knows is written the way the table knows it.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import safetensors.torch
 import torch
 
 from nnsight_vllm import edits
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.graph.check import check
-from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
-from nnsight_vllm.graph.walk import blocks_of, constants_of, nodes_of
-from nnsight_vllm.graph.wire import digest, from_json
+from nnsight_vllm.graph.nodes import Save
+from nnsight_vllm.graph.walk import constants_of
 from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.full import Lowered, Saved, count_nodes, lower_full, refused_at
 from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, refuse_many, stretches
-from nnsight_vllm.server.received import check_tensor
 from nnsight_vllm.server.schema import (
     Ablate,
     Add,
     Clamp,
     Edit,
-    InlineTensor,
     Intervention,
     LowRank,
     NormAdd,
@@ -45,6 +40,7 @@ from nnsight_vllm.server.schema import (
     Scale,
     Set,
 )
+from nnsight_vllm.server.sent import Sent, TensorOf
 from nnsight_vllm.server.sitenames import find_site
 from nnsight_vllm.trace import active
 from nnsight_vllm.trace.encode import Constants
@@ -54,27 +50,9 @@ from nnsight_vllm.trace.recorder import Recorder
 from nnsight_vllm.trace.source import hide_lines
 from nnsight_vllm.trace.tree import Tree
 
+__all__ = ["Lowered", "Saved", "TensorOf", "lower"]
+
 MAX_NODES = 100_000
-
-TensorOf = Callable[[str, str], tuple[str, bytes]]
-"""(digest or name, where it stands in the body) -> (digest, safetensors bytes with one tensor named `tensor`). Raises `Refused`."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """How a saved value comes home: over iterations it is a list with an item for each."""
-
-    over_iterations: bool
-    stream: bool
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """`tensors`: those that the graph names, by digest. `names`: what it saves."""
-
-    graph: Graph
-    tensors: dict[str, bytes]
-    names: dict[str, Saved]
 
 
 def lower(
@@ -86,96 +64,11 @@ def lower(
     max_nodes: int = MAX_NODES,
 ) -> Lowered:
     """The graph for a prompt of `rows` tokens, with at most `max_nodes`. Raises `Refused` with the place in the body."""
-    sent = _Sent(intervention.tensors, tensor_of)
+    sent = Sent(intervention.tensors, tensor_of)
     if intervention.graph is not None:
-        return _full(intervention, tree, sent, max_nodes)
+        return lower_full(intervention, tree, sent, max_nodes)
     recording = _Recording(intervention, tree, rows, max_tokens, sent, max_nodes)
     return copy_context().run(recording.run)  # nothing of it is left in the caller's context
-
-
-class _Sent:
-    """The tensors of one intervention, wherever they come from. `used`: by digest."""
-
-    def __init__(self, given: dict[str, str], tensor_of: TensorOf) -> None:
-        self.used: dict[str, bytes] = {}
-        self._tensor_of = tensor_of
-        self._given = {name: _base64(text, f"intervention.tensors[{name!r}]") for name, text in given.items()}
-        for name, data in self._given.items():
-            check_tensor(name, data, f"intervention.tensors[{name!r}]")
-
-    def find(self, reference: str | InlineTensor, param: str) -> tuple[str, bytes]:
-        if isinstance(reference, InlineTensor):
-            data = _inline(reference, param)
-            found = digest(data), data
-        elif reference in self._given:
-            found = reference, self._given[reference]
-        else:
-            found = self._tensor_of(reference, param)
-        self.used[found[0]] = found[1]
-        return found
-
-    def refuse_unused(self) -> None:
-        unused = self._given.keys() - self.used.keys()
-        if unused:
-            raise Refused("nothing in the intervention names it", f"intervention.tensors[{min(unused)!r}]")
-
-
-# -- the full form -------------------------------------------------------------------------------------------------------
-
-
-def _full(intervention: Intervention, tree: Tree, sent: _Sent, max_nodes: int) -> Lowered:
-    param = "intervention.graph"
-    try:
-        graph = from_json(msgspec.json.encode(intervention.graph))
-        _count(graph, max_nodes, param)
-        check(graph, tree.catalogue)
-    except NNsightError as error:
-        raise _refused(error, param) from None
-    except (RecursionError, OverflowError, ValueError, TypeError) as error:  # JSON that msgspec doesn't write
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"not an intervention graph: {error}", param) from None
-    for name in sorted(constants_of(graph.body)):
-        sent.find(name, param)
-    sent.refuse_unused()
-    lists = _names_of(graph)
-    for i, name in enumerate(intervention.stream):
-        if name not in lists:
-            raise Refused(
-                f"the graph saves no {name[:64]!r}; it saves {sorted(lists)[:20]}", f"intervention.stream[{i}]"
-            )
-    streamed = frozenset(intervention.stream)
-    return Lowered(graph, sent.used, {name: Saved(over, name in streamed) for name, over in lists.items()})
-
-
-def _count(graph: Graph, most: int, param: str) -> None:
-    """Refuse too many nodes. Without recursion, and before the check, whose time grows with them."""
-    due, found = [graph.body], 0
-    while due:
-        block = due.pop()
-        found += len(block.nodes)
-        if found > most:
-            raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
-        due += [inner for node in block.nodes for inner in blocks_of(node)]
-
-
-def _names_of(graph: Graph) -> dict[str, bool]:
-    """What a graph saves, and whether it grows with the iterations: saved in or behind a block of them, or a list filled there."""
-    blocks = [node for node in graph.body.nodes if isinstance(node, Iterations)]
-    inside = list(nodes_of(Block(list(blocks))))
-    filled = {arg.id for node in inside if isinstance(node, Op) for arg in node.args[:1] if isinstance(arg, Ref)}
-    found: dict[str, bool] = {}
-    is_behind = False
-    for node in graph.body.nodes:
-        is_behind = is_behind or isinstance(node, Iterations)
-        for one in nodes_of(Block([node])):
-            if isinstance(one, Save):
-                is_filled = isinstance(one.value, Ref) and one.value.id in filled
-                found[one.name] = found.get(one.name, False) or is_behind or is_filled
-    return found
-
-
-# -- the short form ------------------------------------------------------------------------------------------------------
 
 
 class _Constants(Constants):
@@ -229,7 +122,7 @@ class _Recording:
         tree: Tree,
         rows: int,
         max_tokens: int | None,
-        sent: _Sent,
+        sent: Sent,
         max_nodes: int,
     ) -> None:
         self._intervention, self._tree, self._rows, self._max_tokens = intervention, tree, rows, max_tokens
@@ -254,10 +147,10 @@ class _Recording:
             self._block(block, actions)
         try:
             graph = self._recorder.graph()
-            _count(graph, self._max_nodes, "intervention")
+            count_nodes(graph, self._max_nodes, "intervention")
             check(graph, self._tree.catalogue)
         except NNsightError as error:
-            raise _refused(error, "intervention") from None
+            raise refused_at(error, "intervention") from None
         saves = [action for action in actions if action.is_save]
         names = {one.spec.name: Saved(one.chosen.over_iterations, one.spec.stream) for one in saves}
         used = constants_of(graph.body)
@@ -330,7 +223,7 @@ class _Recording:
                 else:
                     self._act_sometimes(action, part, index, block.start)
             except NNsightError as error:
-                raise _refused(error, action.param) from None
+                raise refused_at(error, action.param) from None
 
     def _act_sometimes(self, action: _Action, part: Part, index: Any, start: int) -> None:
         """Where actions of a block differ in their steps."""
@@ -408,33 +301,6 @@ def _product(vector: torch.Tensor, scale: float) -> Any:
     return active.current("add").op("py.mul", operator.mul, (vector, scale), {})
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------------
-
-
 def _check_shape(tensor: torch.Tensor, expected: list[Any], param: str) -> None:
     if list(tensor.shape) != expected:
         raise Refused(f"expected a tensor of shape {expected}; got {list(tensor.shape)}".replace("'", ""), param)
-
-
-def _inline(inline: InlineTensor, param: str) -> bytes:
-    """As safetensors bytes, the same that a tensor of the client's would be."""
-    data = _base64(inline.data, f"{param}.data")
-    dtype: torch.dtype = getattr(torch, inline.dtype)
-    size = math.prod(inline.shape) * dtype.itemsize
-    if size != len(data):
-        raise Refused(f"expected {size} bytes for {inline.dtype} {inline.shape}; got {len(data)}", f"{param}.data")
-    if not data:
-        raise Refused("a tensor without elements", f"{param}.shape")
-    flat = torch.frombuffer(bytearray(data), dtype=dtype)
-    return safetensors.torch.save({"tensor": flat.reshape(inline.shape)})
-
-
-def _base64(text: str, param: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Refused(f"not base64: {error}", param) from None
-
-
-def _refused(error: NNsightError, param: str) -> Refused:
-    return Refused(str(error).removesuffix("; in the request"), param, kind=type(error).__name__)

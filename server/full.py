@@ -1,0 +1,92 @@
+"""The full form of an intervention, a whole graph in the body: read, counted and found legal. And what a lowered one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
+from nnsight_vllm.graph.walk import blocks_of, constants_of, nodes_of
+from nnsight_vllm.graph.wire import from_json
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.schema import Intervention
+from nnsight_vllm.server.sent import Sent
+from nnsight_vllm.trace.tree import Tree
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a saved value comes home: over iterations it is a list with an item for each."""
+
+    over_iterations: bool
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`tensors`: those that the graph names, by digest. `names`: what it saves."""
+
+    graph: Graph
+    tensors: dict[str, bytes]
+    names: dict[str, Saved]
+
+
+def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: int) -> Lowered:
+    """The graph that the body holds, checked, with its tensors. Raises `Refused`."""
+    param = "intervention.graph"
+    try:
+        graph = from_json(msgspec.json.encode(intervention.graph))
+        count_nodes(graph, max_nodes, param)
+        check(graph, tree.catalogue)
+    except NNsightError as error:
+        raise refused_at(error, param) from None
+    except (RecursionError, OverflowError, ValueError, TypeError) as error:  # JSON that msgspec doesn't write
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"not an intervention graph: {error}", param) from None
+    for name in sorted(constants_of(graph.body)):
+        sent.find(name, param)
+    sent.refuse_unused()
+    lists = _names_of(graph)
+    for i, name in enumerate(intervention.stream):
+        if name not in lists:
+            raise Refused(
+                f"the graph saves no {name[:64]!r}; it saves {sorted(lists)[:20]}", f"intervention.stream[{i}]"
+            )
+    streamed = frozenset(intervention.stream)
+    return Lowered(graph, sent.used, {name: Saved(over, name in streamed) for name, over in lists.items()})
+
+
+def count_nodes(graph: Graph, most: int, param: str) -> None:
+    """Refuse too many nodes. Without recursion, and before the check, whose time grows with them."""
+    due, found = [graph.body], 0
+    while due:
+        block = due.pop()
+        found += len(block.nodes)
+        if found > most:
+            raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
+        due += [inner for node in block.nodes for inner in blocks_of(node)]
+
+
+def _names_of(graph: Graph) -> dict[str, bool]:
+    """What a graph saves, and whether it grows with the iterations: saved in or behind a block of them, or a list filled there."""
+    blocks = [node for node in graph.body.nodes if isinstance(node, Iterations)]
+    inside = list(nodes_of(Block(list(blocks))))
+    filled = {arg.id for node in inside if isinstance(node, Op) for arg in node.args[:1] if isinstance(arg, Ref)}
+    found: dict[str, bool] = {}
+    is_behind = False
+    for node in graph.body.nodes:
+        is_behind = is_behind or isinstance(node, Iterations)
+        for one in nodes_of(Block([node])):
+            if isinstance(one, Save):
+                is_filled = isinstance(one.value, Ref) and one.value.id in filled
+                found[one.name] = found.get(one.name, False) or is_behind or is_filled
+    return found
+
+
+def refused_at(error: NNsightError, param: str) -> Refused:
+    """An error of ours, for a stranger."""
+    return Refused(str(error).removesuffix("; in the request"), param, kind=type(error).__name__)
