@@ -9,6 +9,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from vllm.exceptions import VLLMValidationError
 
+from nnsight_vllm.server import metrics
+
 
 class Refused(VLLMValidationError):
     """`param` says where in the body, such as `intervention.edits[0].site`; `kind` is OpenAI's `type`.
@@ -41,4 +43,5 @@ class Refused(VLLMValidationError):
 async def answer_refused(_: Request, refused: Exception) -> JSONResponse:
     """FastAPI's handler of `Refused`."""
     assert isinstance(refused, Refused)
+    metrics.count_rejected(refused.kind)
     return JSONResponse(refused.body(), status_code=int(refused.status), headers=refused.headers)

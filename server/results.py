@@ -1,0 +1,132 @@
+"""Saved tensors that are too large for an answer, kept until they are fetched once, too old, or pushed out by newer ones."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import zstandard
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.background import BackgroundTask
+
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.state import interventions_of, tenant_of
+
+router = APIRouter(tags=["interventions"])
+
+_MEDIA_TYPE = "application/octet-stream"
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Result:
+    data: bytes
+    until: float
+
+
+class ResultStore:
+    """For each tenant at most `count` results with `bytes` in all, each for `seconds`. Any thread may use it."""
+
+    def __init__(self, count: int, bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._count, self._bytes, self._seconds, self._clock = count, bytes, seconds, clock
+        self._kept: dict[str, dict[str, _Result]] = {}  # by tenant and id, oldest first
+        self._lock = threading.Lock()
+
+    def add(self, tenant: str, data: bytes) -> str:
+        """Keep it, in the place of the tenant's oldest where there's no room. Returns its id, which can't be guessed."""
+        if len(data) > self._bytes:
+            raise Refused(
+                f"a result of {len(data)} bytes; the limit is {self._bytes}", "intervention", kind="AdmissionError"
+            )
+        id = secrets.token_urlsafe(24)
+        with self._lock:
+            self._expire()
+            kept = self._kept.setdefault(tenant, {})
+            size = sum(len(one.data) for one in kept.values())
+            while kept and (len(kept) >= self._count or size + len(data) > self._bytes):
+                size -= len(kept.pop(next(iter(kept))).data)
+            kept[id] = _Result(data, self._clock() + self._seconds)
+        return id
+
+    def get(self, tenant: str, id: str) -> bytes:
+        """Raises `Refused` with status 404, for another tenant's as for an unknown one."""
+        with self._lock:
+            self._expire()
+            found = self._kept.get(tenant, {}).get(id)
+        if found is None:
+            raise Refused(
+                "no such result: it was fetched already, is too old, or gave way to newer ones",
+                "id",
+                status=HTTPStatus.NOT_FOUND,
+                kind="NotFoundError",
+            )
+        return found.data
+
+    def drop(self, tenant: str, id: str) -> None:
+        """Forget it, if it's there."""
+        with self._lock:
+            self._kept.get(tenant, {}).pop(id, None)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for tenant, kept in list(self._kept.items()):
+            self._kept[tenant] = {id: one for id, one in kept.items() if one.until > now}
+
+
+@router.api_route("/v1/interventions/results/{id}", methods=["GET", "HEAD"])
+async def get_result(id: str, raw_request: Request) -> Response:
+    """Safetensors bytes with one tensor named `tensor`. A whole answer ends its life; one of a range doesn't."""
+    store, tenant = interventions_of(raw_request).results, tenant_of(raw_request)
+    data = store.get(tenant, id)
+    headers = {"Accept-Ranges": "bytes", "Vary": "Accept-Encoding", "Cache-Control": "no-store"}
+    if raw_request.method == "HEAD":
+        return Response(media_type=_MEDIA_TYPE, headers={**headers, "Content-Length": str(len(data))})
+    if "range" in raw_request.headers:
+        chosen = _chosen(raw_request.headers["range"], len(data))
+        if chosen is None:
+            return Response(data, media_type=_MEDIA_TYPE, headers=headers)
+        told = {"Content-Range": f"bytes {chosen.start}-{chosen.stop - 1}/{len(data)}"}
+        part = data[chosen.start : chosen.stop]
+        return Response(part, HTTPStatus.PARTIAL_CONTENT, {**headers, **told}, _MEDIA_TYPE)
+    if _takes_zstd(raw_request.headers.get("accept-encoding", "")):
+        data = await asyncio.to_thread(zstandard.ZstdCompressor(level=1).compress, data)
+        headers["Content-Encoding"] = "zstd"
+    sent = BackgroundTask(store.drop, tenant, id)  # runs only when all of it was sent
+    return Response(data, media_type=_MEDIA_TYPE, headers=headers, background=sent)
+
+
+def _chosen(header: str, size: int) -> range | None:
+    """The bytes of a single range; None for what isn't one, which RFC 9110 lets a server ignore. Raises `Refused` (416)."""
+    match = _RANGE.fullmatch(header.strip())
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        chosen = range(max(size - int(last), 0), size)
+    elif last and int(last) < int(first):
+        return None
+    else:
+        chosen = range(int(first), min(int(last) + 1, size) if last else size)
+    if not chosen:
+        raise Refused(
+            f"no byte of {size} is in the range {header[:64]!r}",
+            "range",
+            status=HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+            headers={"Content-Range": f"bytes */{size}"},
+        )
+    return chosen
+
+
+def _takes_zstd(accepted: str) -> bool:
+    for one in accepted.lower().split(","):
+        name, _, weight = one.replace(" ", "").partition(";q=")
+        if name == "zstd":
+            return re.fullmatch(r"0(\.0*)?", weight) is None
+    return False
