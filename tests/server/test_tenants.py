@@ -75,7 +75,7 @@ def test_a_bad_file_stops_the_start(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(EngineSettingError, match="--tenants .*No such file"):
+    with pytest.raises(EngineSettingError, match=r"--tenants .*No such file"):
         Tenants.from_args(Namespace(tenants=str(tmp_path / "none"), api_key=None))
 
 
