@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+from fake_model import catalogue
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from safetensors.torch import save
 from torch import Tensor
-from toy import toy_catalogue
 
 from nnsight_vllm.graph.wire import digest
 from nnsight_vllm.server import edited, results, tensors
@@ -32,7 +32,7 @@ class Who:
 def interventions(limits: Limits | None = None, directory: Path | None = None) -> Interventions:
     limits = limits or Limits()
     return Interventions(
-        engine=SimpleNamespace(tree=Tree(toy_catalogue())),  # type: ignore[arg-type]
+        engine=SimpleNamespace(tree=Tree(catalogue())),  # type: ignore[arg-type]
         base_names=["toy"],
         limits=limits,
         tenants=Who(),  # type: ignore[arg-type]

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from fake_model import HIDDEN
 from store_app import client_of, interventions, packed
-from toy import HIDDEN, toy_catalogue
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.limits import Limits
-from nnsight_vllm.server.sitenames import site_name
 
 PATH = "/v1/interventions/edits"
-SITE = next(site_name(site) for site in toy_catalogue().sites if site_name(site).endswith("output"))
+SITE = "model.layers.1.output[0]"
 SCALED = {"edits": [{"site": SITE, "op": "scale", "scale": 2.0}]}
 PUSHED = {"edits": [{"site": SITE, "op": "add", "tensor": "happy"}]}
 NAME, DATA = packed(torch.ones(HIDDEN))

@@ -9,7 +9,6 @@ from store_app import client_of, interventions
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.results import ResultStore
 
-
 PATH = "/v1/interventions/results"
 DATA = bytes(range(100)) * 10
 PLAIN = {"accept-encoding": "identity"}
