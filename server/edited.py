@@ -103,9 +103,6 @@ class EditedModels:
                 (self._directory / _file_name(tenant, name)).unlink(missing_ok=True)
             self._models[tenant] = known
 
-    def list(self, tenant: str) -> list[EditedModel]:
-        return list(self._models.get(tenant, {}).values())
-
     def known(self, tenant: str, name: str) -> EditedModel:
         """Raises `Refused` with status 404, which names near ones of the tenant's."""
         found = self.get(tenant, name)
@@ -138,6 +135,9 @@ class EditedModels:
             except (OSError, ValueError) as error:  # of msgspec and pydantic, too
                 raise EngineSettingError(f"--edits-dir: {path} can't be read: {error}") from None
             self._models.setdefault(tenant, {})[model.name] = model
+
+    def list(self, tenant: str) -> list[EditedModel]:
+        return list(self._models.get(tenant, {}).values())
 
 
 def _file_name(tenant: str, name: str) -> str:
