@@ -59,9 +59,17 @@ class Stretch:
 
 
 def choose(
-    positions: Word | Sequence[int] | PositionRange, rows: int, max_tokens: int | None, has_one_row: bool, param: str
+    positions: Word | Sequence[int] | PositionRange,
+    rows: int,
+    max_tokens: int | None,
+    has_one_row: bool,
+    is_save: bool,
+    param: str,
 ) -> Chosen:
-    """The positions in a prompt of `rows` tokens. Raises `Refused` for those that never come."""
+    """The positions in a prompt of `rows` tokens. Raises `Refused` where the site has no row, or a save would wait in vain.
+
+    An edit may name positions that never come: an edited model's are the same for prompts of every length.
+    """
     if positions == "all":
         return Chosen((Part(0, None),), True, has_one_row)
     if positions == "last":
@@ -71,7 +79,7 @@ def choose(
     if positions == "generated":
         return Chosen((Part(1, None),), True, True)
     before = rows - 1 if has_one_row else 0  # positions without a row
-    last = None if max_tokens is None else rows + max_tokens - 2
+    last = rows + max_tokens - 2 if is_save and max_tokens is not None else None
     if isinstance(positions, PositionRange):
         return _range(positions, rows, before, last, has_one_row, param)
     return _list(sorted(set(map(int, positions))), rows, before, last, has_one_row, param)

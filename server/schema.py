@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from starlette.responses import Response
 from vllm.entrypoints.serve.exception_handling.handlers.validation import validation_exception_handler
 
@@ -19,6 +19,8 @@ from nnsight_vllm.server.errors import Refused, answer_refused
 
 MAX_ACTIONS = 1024  # edits, saves, positions of a list
 MAX_INLINE = 8 << 20  # characters of base64 in an inline tensor
+
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]+$"
 
 Word = Literal["all", "prompt", "generated", "last"]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -177,14 +179,39 @@ OPERATIONS = ("add", "scale", "set", "ablate", "project_out", "clamp", "norm_add
 class SaveSpec(Closed):
     """A value to send home, as it is after all edits of its site."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = Field(description="Its name in the answer.")
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=_NO_CONTROLS)] = Field(
+        description="Its name in the answer."
+    )
     site: str = _SITE
     positions: Positions = _POSITIONS
     stream: bool = Field(default=False, description="When streaming: in the chunk of the token that it belongs to.")
 
 
+_EXAMPLES: list[JsonValue] = [
+    {
+        "edits": [
+            {"site": "model.layers.15.output[0]", "op": "add", "tensor": "happy", "scale": 4.0, "positions": "all"}
+        ],
+        "save": [{"name": "h", "site": "model.layers.20.output[0]", "positions": "last", "stream": True}],
+    },
+    {
+        "edits": [
+            {
+                "site": "logits",
+                "op": "add",
+                "tensor": {"dtype": "float32", "shape": [2], "data": "AACAPwAAAAA="},
+                "positions": "generated",
+            }
+        ],
+    },
+    {"save": [{"name": "mlp", "site": "model.layers.3.mlp.output", "positions": {"start": 4, "stop": 20, "step": 2}}]},
+]
+
+
 class Intervention(Closed):
     """What to read and edit while a request runs: the short form (`edits`, `save`) or the full one (`graph`)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": _EXAMPLES})
 
     edits: list[Edit] = Field(default=[], max_length=MAX_ACTIONS, description="Applied in this order.")
     save: list[SaveSpec] = Field(default=[], max_length=MAX_ACTIONS, description="Values to send home.")
@@ -237,6 +264,8 @@ def refusal_of(error: dict[str, Any], num_more: int = 0) -> Refused:
         message = "there is no such field"
     elif error["type"] == "missing":
         message = "a field is missing here"
+    elif error["type"] == "string_pattern_mismatch":
+        message = "expected text without control characters"
     if error["type"] != "missing":
         message += f"; got {_shown(got)}{near}"
     return Refused(message + (f" (and {num_more} more errors)" if num_more else ""), param)

@@ -172,7 +172,9 @@ class _Recording:
         positions = f"{param}.positions"
         has_one_row = site.name.startswith(SINGLE_ROW)
         asked: Any = spec.positions
-        action = _Action(spec, param, site, choose(asked, self._rows, self._max_tokens, has_one_row, positions))
+        is_save = isinstance(spec, SaveSpec)
+        chosen = choose(asked, self._rows, self._max_tokens, has_one_row, is_save, positions)
+        action = _Action(spec, param, site, chosen)
         self._num_parts += len(action.chosen.parts)
         refuse_many(self._num_parts, self._max_nodes)
         if not isinstance(spec, SaveSpec):

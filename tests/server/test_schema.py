@@ -104,6 +104,8 @@ def wrong(**more: Any) -> dict[str, Any]:
         (wrong(positions={"begin": 0}), ".edits[0].positions.begin", "there is no such field"),
         ({"save": [{"site": SITE}]}, ".save[0].name", "missing"),
         ({"save": [{**SAVE, "name": ""}]}, ".save[0].name", "at least 1 character"),
+        ({"save": [{**SAVE, "name": "a\n"}]}, ".save[0].name", "without control characters; got 'a\\n'"),
+        ({"save": [{**SAVE, "name": "a\x9b"}]}, ".save[0].name", "without control characters; got"),
         ({"save": [SAVE] * 1025}, ".save", "at most 1024 items"),
     ],
 )
@@ -129,8 +131,9 @@ def test_all_else_is_told_as_vllm_does(client: TestClient) -> None:
     assert error["type"] == "Bad Request" and "temperature" in error["param"]
 
 
-def test_the_openapi_document_tells_every_operation_and_describes_every_field(client: TestClient) -> None:
+def test_the_openapi_document_has_every_operation_with_descriptions_and_examples_that_fit(client: TestClient) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert all(client.post("/", json={"intervention": one}).is_success for one in schemas["Intervention"]["examples"])
     edits = schemas["Intervention"]["properties"]["edits"]["items"]
     assert sorted(edits["discriminator"]["mapping"]) == sorted(OPERATIONS)
     ours = ["Intervention", "SaveSpec", "InlineTensor", "PositionRange"]

@@ -254,6 +254,32 @@ def test_what_begins_after_the_last_token_is_left_out() -> None:
     assert len(run(sent, steps=1)["x"]) == 1
 
 
+@pytest.mark.parametrize("late", [[1, 4, 6, 7, 100], {"start": 1, "step": 3, "stop": 90}])
+def test_edits_that_come_too_late_do_not_happen(late: Any) -> None:
+    edit = {"site": "1.output", "op": "add", "tensor": "v"}
+    chosen = {1, 4, 6} if isinstance(late, list) else {1, 4}
+    sent = lowered(edits=[{**edit, "positions": late}], save=[{"name": "x", "site": "2.output"}])
+    for got, wanted in zip(run(sent)["x"], expected(lambda h: h + VECTOR, chosen), strict=True):
+        torch.testing.assert_close(torch.tensor(got), wanted)
+
+
+@pytest.mark.parametrize("late", [[7], [100, 7], {"start": 7}])
+def test_where_no_edit_happens_there_is_no_graph_and_no_tensor(late: Any) -> None:
+    sent = lowered(edits=[{"site": "1.output", "op": "add", "tensor": "v", "positions": late}])
+    assert not sent.graph.body.nodes and not sent.tensors
+    assert lowered(max_tokens=6, edits=[{"site": "1.output", "op": "ablate", "positions": [7]}]).graph.body.nodes
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last", [0, 1], {"start": 1, "stop": 2}])
+def test_prompts_of_any_length_have_one_graph_where_it_does_not_depend_on_it(positions: Any) -> None:
+    edits = [{"site": "1.output", "op": "add", "tensor": "v", "positions": positions}]
+    graphs = {encode(lowered(rows=r, max_tokens=m, edits=edits, save=sent_save("last")).graph) for r, m in ANY}
+    assert len(graphs) == 1
+
+
+ANY = [(3, 5), (40, 5), (7, 100), (7, None)]
+
+
 def test_a_run_of_unknown_length_is_fine() -> None:
     sent = lowered(max_tokens=None, save=[{"name": "x", "site": "1.output", "positions": [100]}])
     assert [node.start for node in sent.graph.body.nodes if isinstance(node, Iterations)] == [98]
