@@ -7,6 +7,7 @@ for the answer, by choice.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
@@ -66,15 +67,12 @@ class Carried:
         return self._through(self._state.engine.carried(generate, id, request, tensors), how, first)
 
     async def _through(self, heard_ones: Any, how: How, first: int) -> AsyncGenerator[Any, None]:
-        with self._state.concurrent.enter(self._tenant):
-            try:
-                async for heard in heard_ones:
-                    if heard.failure is not None:
-                        raise failed(heard.failure)
-                    self._tell(heard, how, first)
-                    yield heard.output
-            finally:
-                await heard_ones.aclose()
+        async with aclosing(heard_ones):
+            async for heard in heard_ones:
+                if heard.failure is not None:
+                    raise failed(heard.failure)
+                self._tell(heard, how, first)
+                yield heard.output
 
     def _tell(self, heard: Heard, how: How, first: int) -> None:
         for sample, fresh in heard.fresh.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 
@@ -45,15 +46,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _FIELD = Field(default=None, description="What to read and edit while this request runs.")
 
 
-class CompletionWithIntervention(CompletionRequest):  # type: ignore[misc]
+class CompletionWithIntervention(CompletionRequest):
     intervention: Intervention | None = _FIELD
 
 
-class ChatCompletionWithIntervention(ChatCompletionRequest):  # type: ignore[misc]
+class ChatCompletionWithIntervention(ChatCompletionRequest):
     intervention: Intervention | None = _FIELD
 
 
-class ResponseWithIntervention(ResponsesRequest):  # type: ignore[misc]
+class ResponseWithIntervention(ResponsesRequest):
     intervention: Intervention | None = _FIELD
 
 
@@ -100,21 +101,21 @@ async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
         request.model = state.base_names[0]
     carried = Carried(state, tenant, request.intervention, edited)
     is_taken = False
-    leave = state.concurrent.enter(tenant)
-    leave.__enter__()
+    running = ExitStack()
+    running.enter_context(state.concurrent.enter(tenant))
     current.set(carried)  # for all that this request still does: some handlers only call the engine while they stream
     try:
         response = await route(request, raw_request)
         if isinstance(response, StreamingResponse):
             response.body_iterator = _events_with(carried, response.body_iterator, named if edited else None)
             is_taken = True
-            return _Closing(response, lambda: leave.__exit__(None, None, None))
+            return _Closing(response, running.close)
         if isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
             return _with_values(carried, response, named if edited else None)
         return response
     finally:
         if not is_taken:
-            leave.__exit__(None, None, None)
+            running.close()
 
 
 def _edited_model(request: Any, raw_request: Request) -> EditedModel | None:
@@ -165,12 +166,12 @@ def _is_opening(choice: dict[str, Any]) -> bool:
     return delta is not None and "role" in delta and not delta.get("content") and choice.get("finish_reason") is None
 
 
-async def _events_with(carried: Carried, events: AsyncIterator[Any], named: str | None) -> AsyncIterator[str | bytes]:
+async def _events_with(carried: Carried, events: Any, named: str | None) -> AsyncIterator[str | bytes]:
     try:
         async for event in events:
             yield _event_with(carried, event, named) if isinstance(event, str) else event
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 def _event_with(carried: Carried, event: str, named: str | None) -> str:
