@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from asyncio import AbstractEventLoop
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from nnsight_vllm.engine.limits import check_limits
 from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoint, check_sites
 from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.graph.results import Stats
@@ -94,7 +96,8 @@ class VLLM(Editable):
     which modules are instrumented: "all", "blocks" (decoder blocks, embeddings, final norm and head), or patterns of
     module paths; logits and samples always are. With `batching=False` every request's program runs by itself, which is
     slower and gives the same results. A request that sends home more than `max_saved_bytes` of results fails, as does the
-    one with which all that run together exceed `max_saved_bytes_in_all`.
+    one with which all that run together exceed `max_saved_bytes_in_all`. `limits`: what else a graph may cost, by name
+    (docs/limits.md).
     """
 
     def __init__(
@@ -107,14 +110,16 @@ class VLLM(Editable):
         batching: bool = True,
         max_saved_bytes: int = 1 << 30,
         max_saved_bytes_in_all: int = 8 << 30,
+        limits: Mapping[str, float] | None = None,
         **arguments: Any,
     ) -> None:
         _check_mode(mode)
         check_arguments(arguments)
         check_sites(sites)
         check_checkpoint(str(model))
-        limits = {"request": max_saved_bytes, "engine": max_saved_bytes_in_all}
-        ours: dict[str, object] = {"batching": batching, "limits": limits}
+        most = {"request": max_saved_bytes, "engine": max_saved_bytes_in_all, **(limits or {})}
+        check_limits(most)
+        ours: dict[str, object] = {"batching": batching, "limits": most}
         self.__dict__.update(_path="", _mode=mode, _start=_Start(mode, str(model), sites, ours, arguments))
         if dispatch:
             _ = self._engine

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nnsight_vllm.engine.collect import Collected
 from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP, draw_sites
-from nnsight_vllm.engine.executor import Executor, Limits, SiteTable
+from nnsight_vllm.engine.executor import Executor, SiteTable
+from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.engine.requests import Arrival, Step
 from nnsight_vllm.engine.sites import Direct, Site, Slot, Stream
 from nnsight_vllm.engine.store import Store

@@ -63,6 +63,7 @@ _REDUCING = frozenset(
     ]
 )
 _REDUCING |= {"vector_norm", "count_nonzero"}
+MAX_REPEATED = 1 << 30  # bytes: what each request has once isn't copied to its rows beyond that
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -179,6 +180,8 @@ def _aligned(lane: Lane, ragged: Ragged | None, rank: int) -> Any:
             if ragged is not None and isinstance(value, Tensor) and value.ndim == rank and value.shape[0] != 1:
                 if not _has_rows_of(value.shape[0], ragged):
                     raise Uncovered
+                if value.nbytes * len(ragged.counts) > MAX_REPEATED:
+                    raise Uncovered
                 return value.repeat(len(ragged.counts), *[1] * (rank - 1))  # the same rows for every request
             if isinstance(value, list | dict):
                 raise Uncovered
@@ -206,8 +209,15 @@ def spread(tensor: Tensor, ragged: Ragged | None, rank: int) -> Tensor:
             return tensor.flatten(0, 1)
         tensor, own = tensor[:, 0], own - 1
     if not ragged.is_single:
-        tensor = tensor.index_select(0, ragged.owner.to(tensor.device))
+        tensor = _repeated(tensor, ragged)
     return tensor.reshape(tensor.shape[0], *[1] * (rank - 1 - own), *tensor.shape[1:])
+
+
+def _repeated(tensor: Tensor, ragged: Ragged) -> Tensor:
+    """[requests, ...] -> [all rows, ...], unless that's very much."""
+    if tensor.nbytes // max(1, tensor.shape[0]) * ragged.total > MAX_REPEATED:
+        raise Uncovered
+    return tensor.index_select(0, ragged.owner.to(tensor.device))
 
 
 def _with_numbers(
@@ -355,13 +365,13 @@ def matmul(operation: Operation, args: list[Lane], kwargs: dict[str, Lane]) -> L
     if isinstance(left, Rows) and left.tensor.ndim != 2:
         raise Uncovered
     if isinstance(right, Shared) and isinstance(right.value, Tensor) and right.value.ndim in (1, 2):
-        return _wrapped(torch.matmul(left.tensor, right.value), ragged)
+        return _wrapped(operation(left.tensor, right.value), ragged)
     if not isinstance(right, Each) or left.tensor.dtype != right.tensor.dtype:
         raise Uncovered
     own, rank = right.tensor, rank_of(right)
     if isinstance(left, Rows) and not left.ragged.is_single:
         if rank == 1:
-            own = own.index_select(0, left.ragged.owner.to(own.device))
+            own = _repeated(own, left.ragged)
         elif left.ragged.is_even:
             return Rows(torch.bmm(_dense(left), own).flatten(0, 1), left.ragged)
         else:

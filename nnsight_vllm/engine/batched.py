@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor
 from nnsight_vllm.engine import algebra
 from nnsight_vllm.engine.algebra import Uncovered
 from nnsight_vllm.engine.changes import by_table, dtype_of, fitted, in_place, spread_value
+from nnsight_vllm.engine.containers import printed
 from nnsight_vllm.engine.group import Group, GroupIterations, GroupLoop
-from nnsight_vllm.engine.interpreter import END, MAX_TRIPS, Interpreter, ModuleCalls
+from nnsight_vllm.engine.interpreter import END, Interpreter, ModuleCalls
 from nnsight_vllm.engine.lanes import (
     Each,
     Held,
@@ -36,9 +38,10 @@ from nnsight_vllm.engine.lanes import (
     resolved,
     stacked,
 )
-from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
+from nnsight_vllm.engine.operations import FACTORIES, evaluate
 from nnsight_vllm.engine.places import fit, refuse_floats
-from nnsight_vllm.engine.results import frozen_copy
+from nnsight_vllm.engine.results import frozen_copy, saved_too_much
+from nnsight_vllm.engine.spending import bytes_of, over_time
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import (
     Arg,
@@ -102,7 +105,10 @@ class GroupInterpreter:
         self.counts = Counts()
         self.found: list[Group] = []  # parts that are still to run
         self.waiting: list[Group] = []  # parts that ran
-        self.current: Group
+        self.current: Group | None = None
+        self._limits = alone.limits
+        self._began = 0.0  # since when the group's time isn't counted; 0: the clock doesn't run
+        self._charged = 0.0  # seconds since then that single members were charged with
         self._methods: dict[type, Callable[[Group, Any], bool]] = {
             At: self.at,
             Run: self.run_node,
@@ -141,9 +147,14 @@ class GroupInterpreter:
             self._settle(self.current)
         return self.waiting
 
+    @property
+    def running(self) -> list[Group]:
+        """Who takes part in the run that is under way."""
+        return [part for part in [self.current, *self.found, *self.waiting] if part is not None and not part.is_over]
+
     def fail(self, error: BaseException) -> None:
         """Fail whoever took part in the run that was interrupted."""
-        for part in [self.current, *self.found, *self.waiting]:
+        for part in [part for part in [self.current, *self.found, *self.waiting] if part is not None]:
             self._fail_all(part, error)
             part.settle()
 
@@ -166,15 +177,76 @@ class GroupInterpreter:
             member.fail(error, group.order >= self._orders[SAMPLES])
 
     def _run(self, group: Group) -> None:
-        code = group.program.code
+        instruction = group.program.code[group.pc]
+        if (
+            type(instruction) is At and not group.is_over and not group.dead
+        ):  # behind a shortcut: most often it waits at once
+            self._began = 0.0
+            group.pc += 1
+            if not self.at(group, instruction):
+                group.pc -= 1
+            else:
+                self._run_clocked(group)
+        else:
+            self._run_clocked(group)
+        if group.place is not None:
+            self._keep_views(group)
+
+    def _run_clocked(self, group: Group) -> None:
+        code, most = group.program.code, self._limits.seconds
+        self._began, self._charged = perf_counter(), 0.0
+        until = self._began + most - group.spent.at(self._alone.step).seconds
         while not group.is_over and len(group.dead) < len(group.members):
             instruction = code[group.pc]
             group.pc += 1
             if not self._methods[type(instruction)](group, instruction):
                 group.pc -= 1
                 break
-        if group.place is not None:
-            self._keep_views(group)
+            if perf_counter() > until:
+                self._check_time(group)
+                until = perf_counter() + most / 10
+        self._clock(group)
+
+    # -- limits ------------------------------------------------------------------------------------------------------
+
+    def _clock(self, group: Group) -> None:
+        """Charge the members with the time that they used together, in equal parts."""
+        if not self._began:
+            return
+        now = perf_counter()
+        group.spent.at(self._alone.step).seconds += (now - self._began - self._charged) / len(group)
+        self._began, self._charged = now, 0.0
+
+    def _check_time(self, group: Group) -> None:
+        self._clock(group)
+        for i in range(len(group)):
+            self._guard(group, i, partial(self._charge, group, i, 0.0))
+
+    def _charge(self, group: Group, i: int, seconds: float) -> None:
+        """Charge one member with time of its own. Raises where its time is up."""
+        own = group.members[i].spent.at(self._alone.step)
+        own.seconds += seconds
+        self._charged += seconds
+        if own.seconds + group.spent.seconds > self._limits.seconds:
+            raise over_time(own.seconds + group.spent.seconds, self._limits)
+
+    def _made(self, group: Group, lane: Lane) -> None:
+        """Something was made; if it's time to look what everybody holds, who holds too much fails."""
+        match lane:
+            case Each() | Rows():
+                num_bytes = lane.tensor.nbytes
+            case Items():
+                num_bytes = sum(bytes_of(value) for value in lane.values)
+            case _:
+                num_bytes = 0
+        holdings = self._alone.holdings
+        if not holdings.made(num_bytes):
+            return
+        for i in sorted(range(len(group)), key=lambda i: -group.members[i].spent.held):
+            held = group.members[i].spent.held
+            if excess := holdings.excess(held):
+                self.blame(group, i, InterventionError(excess))
+                holdings.in_all -= held
 
     def _keep_views(self, group: Group) -> None:
         """What still looks at the site gets the values of now: the engine goes on with its memory."""
@@ -228,6 +300,7 @@ class GroupInterpreter:
         return False
 
     def _split_off(self, group: Group, keep: list[int]) -> Group | None:
+        self._clock(group)
         keep = [i for i in keep if i not in group.dead]
         if not keep:
             return None
@@ -285,15 +358,16 @@ class GroupInterpreter:
         group.node = begin.node
         over = self.lane(group, begin.over)
         if isinstance(over, Shared) and not isinstance(over.value, Tensor):
-            columns: list[Lane] = [Shared(item) for item in list(over.value)]
+            columns: list[Lane] = [Shared(item) for item in self._alone.items_of(over.value)]
         else:
-            lists = [self._guard(group, i, lambda i=i: list(over.of(i))) or [] for i in range(len(group))]  # type: ignore[misc]
+            lists = [
+                self._guard(group, i, lambda i=i: self._alone.items_of(over.of(i))) or []  # type: ignore[misc]
+                for i in range(len(group))
+            ]
             lengths = as_ints([len(items) for items in lists])
             if not self._part(group, lengths):
                 return True
             columns = [lane_of([items[k] for items in lists]) for k in range(int(lengths[0]))]
-        if len(columns) > MAX_TRIPS:
-            self._fail_all(group, InterventionError(f"a loop over {len(columns)} items; the limit is {MAX_TRIPS}"))
         group.frames.append(GroupLoop(columns))
         return True
 
@@ -301,6 +375,7 @@ class GroupInterpreter:
         frame = group.frames[-1]
         assert isinstance(frame, GroupLoop)
         if frame.position < len(frame.items):
+            group.spent.at(self._alone.step).trip(self._limits)
             group.env[step.item] = frame.items[frame.position]
             frame.position += 1
         else:
@@ -352,6 +427,7 @@ class GroupInterpreter:
         result = self._nodes[type(node)](group, node)
         if result is not None:
             group.env[node.id] = result
+            self._made(group, result)
         _free(group, run.free)
         return True
 
@@ -424,13 +500,16 @@ class GroupInterpreter:
     def log(self, group: Group, node: Log) -> None:
         lanes = [self.lane(group, arg) for arg in node.args]
         for i, member in enumerate(group.members):
-            self._guard(group, i, lambda i=i, to=member.outbox: to.log(" ".join(str(lane.of(i)) for lane in lanes)))  # type: ignore[misc]
+            self._guard(group, i, lambda i=i, to=member.outbox: to.log(" ".join(printed(lane.of(i)) for lane in lanes)))  # type: ignore[misc]
 
     def _send(self, group: Group, name: str, lane: Lane, append: bool) -> None:
         lane = stacked(lane.values) or lane if isinstance(lane, Items) else lane
         is_one = not group.dead and isinstance(lane, Rows | Each | View | Several | Shared)
         if is_one and group.sheet.take(name, lane, append):
             self._count(group, "save", True)
+            num_bytes = group.sheet.num_copied // len(group)
+            if num_bytes > self._limits.saved_per_step:
+                self._fail_all(group, saved_too_much(num_bytes, self._limits))
             return
         self._count(group, "save", False)
         group.sheet.spill([member.outbox for member in group.members], name)
@@ -469,7 +548,7 @@ class GroupInterpreter:
             return self._attribute(group, node)
         args = [self.lane(group, arg) for arg in node.args]
         kwargs = {key: self.lane(group, value) for key, value in node.kwargs.items()}
-        operation = OPERATIONS[node.name]
+        operation = self._alone.guard.operation("torch.matmul" if rule.kind is Kind.MATMUL else node.name)
         if all(isinstance(lane, Shared) for lane in [*args, *kwargs.values()]):
             if rule.kind is Kind.OPAQUE or group.program.changes_values:
                 raise Uncovered
@@ -575,7 +654,7 @@ class GroupInterpreter:
         if node.name == "py.setitem":
             self._set_part(target, self._key(group, node.args[1]), args[2])
         elif rule_of(node.name).kind is Kind.POINTWISE:
-            in_place(node.name, OPERATIONS[node.name], target, args[1:], kwargs)
+            in_place(node.name, self._alone.guard.operation(node.name), target, args[1:], kwargs)
         else:
             raise Uncovered
 
@@ -600,10 +679,14 @@ class GroupInterpreter:
     def _one_by_one(self, group: Group, node: Op) -> Lane | None:
         """Every request by itself, on its own part of the same memory."""
         results: list[Any] = []
+        last = perf_counter()
         for i, member in enumerate(group.members):
             member.place = None if group.place is None else group.place.share(i)
             results.append(self._guard(group, i, partial(self._alone_op, group, node, i)))
             member.place = None
+            now = perf_counter()
+            self._guard(group, i, partial(self._charge, group, i, now - last))
+            last = now
         return lane_of(results)
 
     def _alone_op(self, group: Group, node: Op, i: int) -> Any:

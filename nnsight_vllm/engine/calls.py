@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nnsight_vllm.engine import taps, views
+from nnsight_vllm.engine.cost import ELEMENT, Cost
+from nnsight_vllm.engine.guard import Guard
+from nnsight_vllm.engine.limits import DEFAULT, Limits
 from nnsight_vllm.engine.modules import Part
 from nnsight_vllm.engine.sites import Apply
 from nnsight_vllm.errors import RefusedError
@@ -39,8 +42,9 @@ class Facts:
 class Calls:
     """The modules of one instrumented model as functions."""
 
-    def __init__(self, model: Instrumented) -> None:
+    def __init__(self, model: Instrumented, limits: Limits = DEFAULT) -> None:
         self.model = model
+        self._guard = Guard(limits)
 
     def call(self, path: str, args: list[Tensor]) -> Tensor:
         """Apply the module at `path` to its one argument [..., width]."""
@@ -52,8 +56,18 @@ class Calls:
         value = args[0]
         if facts.dtype and value.is_floating_point() == (facts.dtype != "int64"):
             value = value.to(getattr(torch, facts.dtype))
+        self._guard.judge(f"{path}(...)", self._cost(path, value, facts))
         with taps.suspended(), torch.inference_mode():
             return self._run(path, value.clone(), facts)
+
+    def _cost(self, path: str, value: Tensor, facts: Facts) -> Cost:
+        """Each row meets each weight once, and makes as many elements on the way as the weights have rows."""
+        if facts.width_in is None:
+            elements = value.numel() * (facts.width_out or 1)
+            return Cost(elements * 8, ELEMENT * elements)
+        rows, width = value.numel() // max(1, facts.width_in), max(1, facts.width_in)
+        num_weights = sum(weight.numel() for weight in self.model.parts[path].module.parameters())
+        return Cost(rows * max(width, num_weights // width) * value.element_size(), 2 * rows * num_weights)
 
     def facts(self, path: str) -> Facts:
         """Whether and how the module at `path` can be called."""

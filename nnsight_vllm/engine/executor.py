@@ -26,7 +26,9 @@ from nnsight_vllm.engine.draws import SAMPLES_TAP
 from nnsight_vllm.engine.exports import Exports, Released
 from nnsight_vllm.engine.group import Group, key_of
 from nnsight_vllm.engine.group_place import GroupPlace
+from nnsight_vllm.engine.holding import measure
 from nnsight_vllm.engine.interpreter import Interpreter, ModuleCalls
+from nnsight_vllm.engine.limits import DEFAULT, Limits
 from nnsight_vllm.engine.messages import Messages
 from nnsight_vllm.engine.parts import Parts, check_names
 from nnsight_vllm.engine.places import Place
@@ -37,6 +39,7 @@ from nnsight_vllm.engine.results import Outbox
 from nnsight_vllm.engine.sheet import GroupSheet
 from nnsight_vllm.engine.shortcuts import did_all
 from nnsight_vllm.engine.sites import Site
+from nnsight_vllm.engine.spending import Holdings
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.tables import Tables
 from nnsight_vllm.engine.taps import Handler, Tensors
@@ -61,22 +64,6 @@ class SiteTable:
     active: MutableMapping[int, Handler]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bytes of results that one request may send home, and all that live at a time."""
-
-    request: int = 1 << 30
-    engine: int = 8 << 30
-
-    def excess(self, of_request: int, of_all: int) -> str:
-        """What is over its limit, in words; empty where nothing is."""
-        if of_request > self.request:
-            return f"the request saved {of_request} bytes; max_saved_bytes is {self.request}"
-        if of_all > self.engine:
-            return f"the requests that run saved {of_all} bytes; max_saved_bytes_in_all is {self.engine}"
-        return ""
-
-
 class Executor:
     """All requests with graphs that the engine knows. Without `batching` each runs by itself."""
 
@@ -87,7 +74,7 @@ class Executor:
         store: Store,
         device: torch.device,
         batching: bool = True,
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULT,
     ) -> None:
         self.requests: dict[str, Request] = {}
         self.store = store
@@ -102,7 +89,8 @@ class Executor:
         self._tables = Tables(device)
         self._visits = Visits(device)
         self.exports = Exports(limits.request, limits.engine)
-        self._interpreter = Interpreter(table.orders, table.calls, device, self.exports)
+        holdings = Holdings(limits, lambda: measure(self._units()))
+        self._interpreter = Interpreter(table.orders, table.calls, device, self.exports, limits, holdings)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
         self._alone: dict[tuple[str, int], Request] = {}
@@ -114,7 +102,7 @@ class Executor:
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
-        units = requests_of(arrival, Outbox(arrival.request_id, self._unsent), self._ended)
+        units = requests_of(arrival, Outbox(arrival.request_id, self._unsent, self._limits), self._ended)
         self.requests[arrival.request_id] = units[0]
         for unit, graph in zip(units, arrival.graphs, strict=True):
             self._alone[unit.key] = unit
@@ -157,6 +145,7 @@ class Executor:
         """A forward is about to start over these requests' rows."""
         self._step = step
         self._is_at_logits = False
+        self._interpreter.step += 1
         with _inference():
             self._tables.fill()
         ready: list[Unit] = []
@@ -273,6 +262,10 @@ class Executor:
             imported=self.exports.num_drawn,
             num_kept=len(self.exports),
         )
+
+    def _units(self) -> list[Unit]:
+        """Whoever may hold values: those that run, and those that wait."""
+        return [*self._alone.values(), *self._prefill.pieces, *self._groups, *self._grouped.running]
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -429,7 +422,8 @@ class Executor:
         name = group.site
         assert name is not None and self._step is not None
         site, layout = self._table.sites[name], group.layout(self._step, self._is_at_logits)
-        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels)) is not None:
+        most = self._limits.saved_per_step
+        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels, most)) is not None:
             self._pass(group, done)
             return
         group.order = self._table.orders[name]
@@ -564,7 +558,7 @@ class Executor:
 
     def _refuse_results(self, request: Request, excess: str) -> None:
         self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
-        request.start_over(Outbox(request.id, self._unsent))
+        request.start_over(Outbox(request.id, self._unsent, self._limits))
         request.fail(InterventionError(excess), keep_token=True)
 
     def _excess_held(self, request: Request, of_request: int, of_all: int) -> str:

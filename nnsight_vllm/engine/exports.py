@@ -10,9 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from nnsight_vllm.engine.results import frozen_copy
+from nnsight_vllm.engine.results import frozen_copy, size_of
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.links import Links
 
@@ -62,9 +60,9 @@ class Exports:
         if address in self._kept or address in self._made:
             raise InterventionError(f"another request of the bundle exports {key!r} already")
         uses = links.makes[key] - self._unused.get(links.bundle, Counter())[key]
-        copied = frozen_copy(value)
+        num_bytes = size_of(value)
         if uses > 0:
-            self._keep(address, _Kept(copied, uses, _size(copied)))
+            self._keep(address, _Kept(frozen_copy(value), uses, num_bytes))
         self._made.append(address)
         self.num_made += 1
 
@@ -132,15 +130,3 @@ class Exports:
         self._of_bundle[bundle] -= kept.num_bytes
         if not self._of_bundle[bundle]:
             del self._of_bundle[bundle]
-
-
-def _size(value: Any) -> int:
-    match value:
-        case Tensor():
-            return value.nbytes
-        case list() | tuple():
-            return sum(map(_size, value))
-        case dict():
-            return sum(map(_size, value.values()))
-        case _:
-            return 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from nnsight_vllm.engine.lanes import (
 )
 from nnsight_vllm.engine.requests import START, IterationsFrame, Request, Step, Wait
 from nnsight_vllm.engine.sheet import GroupSheet
+from nnsight_vllm.engine.spending import Spent
 from nnsight_vllm.engine.tables import Lines
 from nnsight_vllm.plan.program import Program
 
@@ -65,7 +66,7 @@ class Group:
     """`wait`: the site where all stand (None: the iteration's beginning), `lag` iterations from now.
 
     `iteration`: that of each request. `dead`: members that failed since the group last waited. `num_saved`: bytes that each
-    member sent home as one of this group, and that its own count doesn't have yet.
+    member sent home as one of this group, and that its own count doesn't have yet. `spent`: of each, while it is one of this group.
     """
 
     program: Program
@@ -83,6 +84,7 @@ class Group:
     dead: set[int] = field(default_factory=set)
     sheet: GroupSheet = field(default_factory=lambda: GroupSheet(0))
     num_saved: int = 0
+    spent: Spent = field(default_factory=Spent)
     is_over: bool = False
     _most_saved: int | None = None
     _parameters: dict[int, Lane] = field(default_factory=dict)
@@ -170,7 +172,7 @@ class Group:
             self.prompt[list(keep)],
             self.order,
         )
-        part.sheet = GroupSheet(len(part))
+        part.sheet, part.spent = GroupSheet(len(part)), replace(self.spent)
         return part
 
     def release(self) -> Request:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.containers import check_container, printed
 from nnsight_vllm.engine.exports import Exports
-from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, check_depth, evaluate
+from nnsight_vllm.engine.guard import Guard
+from nnsight_vllm.engine.limits import Limits
+from nnsight_vllm.engine.operations import FACTORIES, OPERATIONS, evaluate
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.requests import IterationsFrame, LoopFrame, Request, Wait
 from nnsight_vllm.engine.results import frozen_copy
+from nnsight_vllm.engine.spending import Holdings, bytes_of, over_time
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Export, Import, Log, Op, Read, Ref, Save, Write
 from nnsight_vllm.graph.ops import RANDOM, is_inplace
@@ -38,7 +43,6 @@ from nnsight_vllm.plan.instructions import (
 )
 from nnsight_vllm.plan.program import SAMPLES
 
-MAX_TRIPS = 65_536
 END = 2**31
 _FILLS = {"py.append", "py.extend", "py.insert", "py.update", "py.list", "py.dict", "py.tuple"}
 
@@ -50,13 +54,28 @@ class ModuleCalls(Protocol):
 
 
 class Interpreter:
-    """`orders`: site name -> its place in the model's firing order. `exports`: what requests hand to each other."""
+    """`orders`: site name -> its place in the model's firing order. `exports`: what requests hand to each other.
 
-    def __init__(self, orders: Mapping[str, int], calls: ModuleCalls, device: torch.device, exports: Exports) -> None:
+    `holdings`: the memory of all requests' values. `step` is the number of the step that runs.
+    """
+
+    def __init__(
+        self,
+        orders: Mapping[str, int],
+        calls: ModuleCalls,
+        device: torch.device,
+        exports: Exports,
+        limits: Limits,
+        holdings: Holdings,
+    ) -> None:
         self._orders = orders
         self._exports = exports
         self._calls = calls
         self.device = device
+        self.limits = limits
+        self.holdings = holdings
+        self.guard = Guard(limits)
+        self.step = 0
         self.num_run = 0  # nodes
         self._methods: dict[type, Callable[[Request, Any], bool]] = {
             At: self.at,
@@ -85,13 +104,19 @@ class Interpreter:
         }
 
     def run(self, request: Request) -> None:
-        """Go on until the program waits (`request.wait`) or is over."""
-        while request.is_running:
-            instruction = request.program.code[request.pc]
-            request.pc += 1
-            if not self._methods[type(instruction)](request, instruction):
-                request.pc -= 1
-                return
+        """Go on until the program waits (`request.wait`) or is over. Raises what its time being up raises."""
+        spent, began = request.spent.at(self.step), perf_counter()
+        until, waits = began + self.limits.seconds - spent.seconds, False
+        try:
+            while request.is_running and not waits:
+                instruction = request.program.code[request.pc]
+                request.pc += 1
+                waits = not self._methods[type(instruction)](request, instruction)
+                if perf_counter() > until and request.is_running:
+                    raise over_time(perf_counter() - until + self.limits.seconds, self.limits)
+        finally:
+            spent.seconds += perf_counter() - began
+            request.pc -= waits
 
     def keeps_token(self, request: Request) -> bool:
         """Whether this iteration's token was drawn and seen before the program got here."""
@@ -115,8 +140,14 @@ class Interpreter:
         result = self._nodes[type(node)](request, node)
         if not isinstance(node, Write | Save | Log | Export):
             request.env[node.id] = result
+            if self.holdings.made(bytes_of(result)):
+                self._check_held(request)
         _free(request, run.free)
         return True
+
+    def _check_held(self, request: Request) -> None:
+        if excess := self.holdings.excess(request.spent.held):
+            raise InterventionError(excess)
 
     def halt(self, request: Request, halt: Halt) -> bool:
         request.stop(self.keeps_token(request))
@@ -140,17 +171,23 @@ class Interpreter:
 
     def loop_begin(self, request: Request, begin: LoopBegin) -> bool:
         request.node = begin.node
-        items = list(evaluate(begin.over, request.env))
-        if len(items) > MAX_TRIPS:
-            raise InterventionError(f"a loop over {len(items)} items; the limit is {MAX_TRIPS}")
-        request.frames.append(LoopFrame(iter(items)))
+        request.frames.append(LoopFrame(self.items_of(evaluate(begin.over, request.env))))
         return True
+
+    def items_of(self, over: Any) -> list[Any]:
+        """What a loop goes over. Raises where that's more than the trips it may make."""
+        num = over.shape[0] if isinstance(over, Tensor) and over.ndim else len(over)
+        if num > self.limits.trips:
+            raise InterventionError(f"a loop over {num} items; the limit `trips` is {self.limits.trips}")
+        return list(over)
 
     def loop_next(self, request: Request, step: LoopNext) -> bool:
         frame = request.frames[-1]
         assert isinstance(frame, LoopFrame)
-        for item in frame.items:
-            request.env[step.item] = item
+        if frame.position < len(frame.items):
+            request.spent.at(self.step).trip(self.limits)
+            request.env[step.item] = frame.items[frame.position]
+            frame.position += 1
             return True
         request.frames.pop()
         request.pc = step.exit
@@ -199,7 +236,7 @@ class Interpreter:
             request.outbox.save(node.name, evaluate(node.value, request.env))
 
     def log(self, request: Request, node: Log) -> None:
-        request.outbox.log(" ".join(str(evaluate(arg, request.env)) for arg in node.args))
+        request.outbox.log(" ".join(printed(evaluate(arg, request.env)) for arg in node.args))
 
     def export(self, request: Request, node: Export) -> None:
         self.keep(request, node, evaluate(node.value, request.env))
@@ -232,7 +269,7 @@ class Interpreter:
             return None
         is_filling = _fills_container(node.name, args)
         if is_filling:
-            check_depth([args[1:] if args and isinstance(args[0], list | dict) else args, list(kwargs.values())])
+            check_container([args[1:] if args and isinstance(args[0], list | dict) else args, *kwargs.values()])
         if request.place is not None and is_filling:
             args = [_settled_arg(arg, value, request.place) for arg, value in zip(node.args, args, strict=True)]
             kwargs = {key: _settled_arg(node.kwargs[key], value, request.place) for key, value in kwargs.items()}
@@ -258,6 +295,7 @@ class Interpreter:
     def _apply(self, request: Request, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name in FACTORIES and self.device.type != "cpu":
             kwargs.setdefault("device", self.device)
+        self.guard.allow(name, args, kwargs)
         if name not in RANDOM:
             return OPERATIONS[name](*args, **kwargs)
         devices = [] if self.device.type == "cpu" else [self.device]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.containers import MAX_PRINTED, check_container, check_length
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.nodes import Arg, Dict, Dots, Dtype, List, Ref, Slice, Special, Tuple
 from nnsight_vllm.graph.ops import OPS
@@ -23,8 +24,6 @@ Operation = Callable[..., Any]
 
 MAX_POWER = 4096
 MAX_BITS = 1 << 16
-MAX_NESTING = 32
-MAX_LENGTH = 1 << 20
 _ATTRIBUTES = """
 values indices shape dtype ndim T mT Q R U S V Vh L eigenvalues eigenvectors sign logabsdet solution residuals rank
 singular_values
@@ -82,22 +81,86 @@ def _resolve(name: str) -> Operation:
 
 
 def _extend(items: list[Any], more: Iterable[Any]) -> None:
-    items.extend(more)
+    items.extend(_joining(items, more))
+
+
+def _joining(items: list[Any], more: Iterable[Any]) -> Iterable[Any]:
+    """What is to be added to a list, unless the list would become too long."""
+    more = more if isinstance(more, list | tuple | dict | str) else _listed(more)
+    check_length(len(items) + len(more))
+    return more
+
+
+def _listed(values: Any = ()) -> list[Any]:
+    """A new list. The rows of a tensor are counted before they are taken apart."""
+    if isinstance(values, Tensor) and values.ndim:
+        check_length(values.shape[0])
+    return list(values)
+
+
+def _tuple_of(values: Any = ()) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else tuple(_listed(values))
 
 
 def _pop(container: Any, *args: Any) -> Any:
     return container.pop(*args)
 
 
+def _set_item(target: Any, key: Any, value: Any) -> None:
+    if isinstance(target, list) and isinstance(key, slice):
+        value = list(_joining(target, value))
+    operator.setitem(target, key, value)
+
+
+def _text(*args: Any) -> str:
+    if args and isinstance(args[0], list | tuple | dict) and check_container(args[0]) > MAX_PRINTED:
+        raise OverflowError(f"the text of a container with more than {MAX_PRINTED} items")
+    return str(*args)
+
+
+def _sum(items: Any, *start: Any) -> Any:
+    """Of lists too, but not of very many: their sum copies what is there already with each one."""
+    items = _listed(items) if isinstance(items, Tensor) else items
+    if len(items) > MAX_PRINTED and any(isinstance(value, list | tuple) for value in [*start, *items]):
+        raise OverflowError(f"a sum of {len(items)} lists; the limit is {MAX_PRINTED}")
+    return sum(items, *start)
+
+
+def _of_rows(function: Operation) -> Operation:
+    """For what goes through a container's items, or through a tensor's rows."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*[_listed(arg) if isinstance(arg, Tensor) and arg.ndim else arg for arg in args], **kwargs)
+
+    return run
+
+
+def _to_list(tensor: Tensor) -> Any:
+    check_length(tensor.numel())
+    return tensor.tolist()
+
+
+def _round(value: Any, digits: int | None = None) -> Any:
+    if isinstance(value, Tensor):
+        return torch.round(value, decimals=digits or 0)
+    if isinstance(digits, int) and abs(digits) > MAX_POWER:
+        raise OverflowError(f"a number rounded to {digits} digits; the limit is {MAX_POWER}")
+    return round(value, digits)
+
+
 def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > MAX_POWER:
-        raise OverflowError(f"an integer to the power of {exponent}; the limit is {MAX_POWER}")
+    if isinstance(base, int) and isinstance(exponent, int):
+        if exponent > MAX_POWER:
+            raise OverflowError(f"an integer to the power of {exponent}; the limit is {MAX_POWER}")
+        _check_bits(base.bit_length() * abs(exponent))
     return operator.pow(base, exponent)
 
 
 def _lshift(value: Any, count: Any) -> Any:
-    if isinstance(value, int) and isinstance(count, int) and count > MAX_POWER:
-        raise OverflowError(f"an integer shifted by {count} bits; the limit is {MAX_POWER}")
+    if isinstance(value, int) and isinstance(count, int):
+        if count > MAX_POWER:
+            raise OverflowError(f"an integer shifted by {count} bits; the limit is {MAX_POWER}")
+        _check_bits(value.bit_length() + count)
     return operator.lshift(value, count)
 
 
@@ -112,9 +175,20 @@ def _in_place_mul(left: Any, right: Any) -> Any:
 
 
 def _add(left: Any, right: Any) -> Any:
-    if not isinstance(left, Tensor) and isinstance(left, list | str | tuple) and isinstance(right, list | str | tuple):
-        _check_length(len(left) + len(right))
+    _check_joined(left, right)
     return operator.add(left, right)
+
+
+def _in_place_add(left: Any, right: Any) -> Any:
+    if isinstance(left, list):
+        right = _joining(left, right)
+    _check_joined(left, right)
+    return operator.iadd(left, right)
+
+
+def _check_joined(left: Any, right: Any) -> None:
+    if not isinstance(left, Tensor) and isinstance(left, list | str | tuple) and isinstance(right, list | str | tuple):
+        check_length(len(left) + len(right))
 
 
 def _mod(left: Any, right: Any) -> Any:
@@ -127,14 +201,14 @@ def _check_size(left: Any, right: Any) -> None:
     """Products of plain Python values grow without bound where tensors would run out of shape."""
     match left, right:
         case (list() | str() | tuple() as items, int() as count) | (int() as count, list() | str() | tuple() as items):
-            _check_length(len(items) * count)
-        case (int(), int()) if left.bit_length() + right.bit_length() > MAX_BITS:
-            raise OverflowError(f"an integer of more than {MAX_BITS} bits")
+            check_length(len(items) * count)
+        case (int(), int()):
+            _check_bits(left.bit_length() + right.bit_length())
 
 
-def _check_length(length: int) -> None:
-    if length > MAX_LENGTH:
-        raise OverflowError(f"a container or text of length {length}; the limit is {MAX_LENGTH}")
+def _check_bits(num_bits: int) -> None:
+    if num_bits > MAX_BITS:
+        raise OverflowError(f"an integer of more than {MAX_BITS} bits")
 
 
 def _guarded_division(divide: Operation) -> Operation:
@@ -151,27 +225,12 @@ def _guarded_division(divide: Operation) -> Operation:
     return run
 
 
-def check_depth(value: Any, depth: int = 0) -> None:
-    """Raise where containers are nested too deeply: Python walks them by recursion."""
-    if isinstance(value, list | tuple | dict):
-        if depth >= MAX_NESTING:
-            raise OverflowError(f"containers nested more than {MAX_NESTING} deep")
-        for item in value.values() if isinstance(value, dict) else value:
-            check_depth(item, depth + 1)
-
-
 def _in_place_power(base: Any, exponent: Any) -> Any:
     return base.__ipow__(exponent) if isinstance(base, Tensor) else _power(base, exponent)
 
 
 def _in_place_lshift(value: Any, count: Any) -> Any:
     return value.__ilshift__(count) if isinstance(value, Tensor) else _lshift(value, count)
-
-
-def _round(value: Any, digits: int | None = None) -> Any:
-    if isinstance(value, Tensor):
-        return torch.round(value, decimals=digits or 0)
-    return round(value, digits)
 
 
 def _ndim(value: Tensor) -> int:
@@ -197,7 +256,7 @@ _SPACES: dict[str, Any] = {
 }
 _PY: dict[str, Operation] = {
     "getitem": operator.getitem,
-    "setitem": operator.setitem,
+    "setitem": _set_item,
     "add": _add,
     "sub": operator.sub,
     "mul": _mul,
@@ -222,7 +281,7 @@ _PY: dict[str, Operation] = {
     "gt": operator.gt,
     "ge": operator.ge,
     "not": operator.not_,
-    "iadd": operator.iadd,
+    "iadd": _in_place_add,
     "isub": operator.isub,
     "imul": _in_place_mul,
     "itruediv": operator.itruediv,
@@ -235,12 +294,12 @@ _PY: dict[str, Operation] = {
     "ixor": operator.ixor,
     "ilshift": _in_place_lshift,
     "irshift": operator.irshift,
-    "list": list,
-    "dict": dict,
-    "tuple": tuple,
+    "list": _listed,
+    "dict": _of_rows(dict),
+    "tuple": _tuple_of,
     "int": int,
     "float": float,
-    "str": str,
+    "str": _text,
     "bool": bool,
     "append": lambda items, item: items.append(item),
     "extend": _extend,
@@ -251,10 +310,10 @@ _PY: dict[str, Operation] = {
     "values": lambda mapping: list(mapping.values()),
     "items": lambda mapping: list(mapping.items()),
     "len": len,
-    "sum": sum,
-    "min": min,
-    "max": max,
-    "sorted": sorted,
+    "sum": _sum,
+    "min": _of_rows(min),
+    "max": _of_rows(max),
+    "sorted": _of_rows(sorted),
     "round": _round,
     "size": lambda tensor, *args: tensor.size(*args),
     "ndim": _ndim,
@@ -265,3 +324,4 @@ _PY: dict[str, Operation] = {
 OPERATIONS: dict[str, Operation] = {name: _resolve(name) for name in sorted(OPS)}
 for _name in ("torch.div", "torch.divide", "tensor.div", "tensor.divide", "tensor.div_", "tensor.divide_"):
     OPERATIONS[_name] = _guarded_division(OPERATIONS[_name])
+OPERATIONS["tensor.tolist"] = _to_list

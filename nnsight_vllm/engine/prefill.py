@@ -110,6 +110,7 @@ class Prefill:
 
     def _piece(self, request: Request, graph: Graph) -> Piece:
         piece = Piece(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
+        piece.spent, piece.outbox = request.spent, request.outbox.another()
         self._load(piece, graph, {})
         self.pieces.append(piece)
         return piece

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from nnsight_vllm.engine.parts import Parts
 from nnsight_vllm.engine.places import Place
 from nnsight_vllm.engine.progress import Progress
 from nnsight_vllm.engine.results import Outbox, describe
+from nnsight_vllm.engine.spending import Spent
 from nnsight_vllm.engine.tables import Lines, Slot
 from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedError
 from nnsight_vllm.graph.links import Links
@@ -90,7 +91,10 @@ class Wait:
 
 @dataclass
 class LoopFrame:
-    items: Iterator[Any]
+    """The items of a loop; those from `position` on are still to come."""
+
+    items: list[Any]
+    position: int = 0
 
 
 @dataclass
@@ -119,6 +123,8 @@ class Request:
 
     `pc`: the next instruction. `order`: how far the program is in this iteration. `progress`: until its prompt is computed.
 
+    `spent` is that of all its programs.
+
     `env`: node id -> value; under negative ids the request's `parameters`, which it keeps as long as it lives, as it does the
     `slots` of its edits, by node. While the request is in a group, the group has its place in the program and its values.
     """
@@ -140,6 +146,7 @@ class Request:
     place: Place | None = None
     num_drawn: int = 0
     num_saved: int = 0  # bytes sent home
+    spent: Spent = field(default_factory=Spent)
     links: Links | None = None
     drawn: set[str] = field(default_factory=set)  # keys of other requests' values that it has
     failure: Failure | None = None
@@ -269,6 +276,7 @@ def requests_of(arrival: Arrival, outbox: Outbox, ended: set[Parts]) -> list[Req
     """One for each graph of a new request; they share what they send."""
     graphs = arrival.graphs
     parts, drawn = Parts(ended) if len(graphs) > 1 else None, set[str]()
+    spent = Spent()
     units = [
         Request(
             arrival.request_id,
@@ -279,6 +287,7 @@ def requests_of(arrival: Arrival, outbox: Outbox, ended: set[Parts]) -> list[Req
             parts=parts,
             links=arrival.links,
             drawn=drawn,
+            spent=spent,
         )
         for number in range(len(graphs))
     ]

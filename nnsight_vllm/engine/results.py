@@ -6,11 +6,15 @@ the other side has, and only what a list gained is sent where nothing else chang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nnsight_vllm.engine.containers import check_container
+from nnsight_vllm.engine.limits import DEFAULT, Limits
+from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.results import (
     Delta,
     DictValue,
@@ -33,11 +37,15 @@ class Outbox:
     """One request's results since the last time they were sent.
 
     Its `id` is in `unsent`, which all requests share, as long as there may be something to send: a step doesn't ask each.
-    `has_ended`: what was taken last said that the request stopped or failed.
+    `has_ended`: what was taken last said that the request stopped or failed. `limits`: of the bytes that are saved in one
+    step, logs among them, and of all lines of logs.
     """
 
-    def __init__(self, id: str = "", unsent: set[str] | None = None) -> None:
+    def __init__(self, id: str = "", unsent: set[str] | None = None, limits: Limits = DEFAULT) -> None:
         self._id = id
+        self._limits = limits
+        self._num_bytes = 0  # saved in this step
+        self._num_lines = 0
         self._unsent = set() if unsent is None else unsent
         self._values: dict[str, Any] = {}
         self._followed: dict[str, Followed] = {}
@@ -48,6 +56,10 @@ class Outbox:
         self.keep_token = True
         self.failure: Failure | None = None
         self.has_ended = False
+
+    def another(self) -> Outbox:
+        """One with the same limits that sends to nobody."""
+        return Outbox(limits=self._limits)
 
     @property
     def is_empty(self) -> bool:
@@ -62,6 +74,7 @@ class Outbox:
                 self._followed[name] = Followed(name, value)
         else:
             self._followed.pop(name, None)
+            self._count(size_of(value))
             self._values[name] = frozen_copy(value)
 
     def start(self, name: str) -> None:
@@ -72,6 +85,7 @@ class Outbox:
     def append(self, name: str, value: Any) -> None:
         """One item more of a list that is saved under this name and that nobody reads."""
         self._unsent.add(self._id)
+        self._count(size_of(value))
         started = self._values.get(name)
         items = started if isinstance(started, list) else self._appended.setdefault(name, [])
         items.append(frozen_copy(value))
@@ -82,7 +96,18 @@ class Outbox:
 
     def log(self, text: str) -> None:
         self._unsent.add(self._id)
+        self._num_lines += 1
+        if self._num_lines > self._limits.log_lines:
+            raise InterventionError(
+                f"the request logged {self._num_lines} lines; the limit `log_lines` is {self._limits.log_lines}"
+            )
+        self._count(len(text))
         self._logs.append(text)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limits.saved_per_step:
+            raise saved_too_much(self._num_bytes, self._limits)
 
     def changed(self, value: Any) -> None:
         """A tensor that an in-place operation changed; saved containers may hold it."""
@@ -114,7 +139,7 @@ class Outbox:
     def _delta(self, sheet: Sheet | None) -> Delta:
         saves = [Saved(name, encode_value(value)) for name, value in self._values.items()]
         for followed in self._followed.values():
-            if (saved := followed.take(self._changed)) is not None:
+            if (saved := followed.take(self._changed, self._count)) is not None:
                 saves.append(saved)
         for name, items in self._appended.items():
             saves.append(Saved(name, ListValue([encode_value(item) for item in items]), append=True))
@@ -122,6 +147,7 @@ class Outbox:
 
     def _clear(self) -> None:
         self._values, self._logs, self._changed, self._appended = {}, [], set(), {}
+        self._num_bytes = 0
         self.stopped, self.keep_token, self.failure = False, True, None
         if not self._followed:
             self._unsent.discard(self._id)
@@ -148,15 +174,45 @@ class Followed:
         self.value = value
         self._sent: Any = _UNSENT
 
-    def take(self, changed: set[int]) -> Saved | None:
-        """What has to be sent; None if the other side has it all."""
+    def take(self, changed: set[int], count: Callable[[int], None]) -> Saved | None:
+        """What has to be sent, its bytes counted first; None if the other side has it all."""
         sent, value = self._sent, self.value
+        check_container(value)
         if _is_same(sent, value, changed):
             return None
         self._sent = _snapshot(value)
         if isinstance(value, list) and isinstance(sent, list) and _is_same(sent, value[: len(sent)], changed):
+            count(size_of(value[len(sent) :]))
             return Saved(self.name, ListValue([encode_value(item) for item in value[len(sent) :]]), append=True)
+        count(size_of(value))
         return Saved(self.name, encode_value(value))
+
+
+def saved_too_much(num_bytes: int, limits: Limits) -> InterventionError:
+    return InterventionError(
+        f"the request saved {num_bytes} bytes in one step; the limit `saved_per_step` is {limits.saved_per_step}"
+    )
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a value as it travels. Raises for containers that are too deep or too large."""
+    if isinstance(value, list | tuple | dict):
+        check_container(value)
+    return _size(value)
+
+
+def _size(value: Any) -> int:
+    match value:
+        case Tensor():
+            return value.nbytes
+        case list() | tuple():
+            return sum(map(_size, value))
+        case dict():
+            return sum(map(_size, value.keys())) + sum(map(_size, value.values()))
+        case str():
+            return len(value)
+        case _:
+            return 8
 
 
 def frozen_copy(value: Any) -> Any:

@@ -18,11 +18,17 @@ from nnsight_vllm.plan.edits import Visit
 from nnsight_vllm.plan.takes import Take
 
 
-def did_all(group: Group, site: Site, tensors: Tensors, layout: Layout, has_kernels: bool) -> Take | Visit | None:
-    """Do all that the group does at the site where it stands. None: nothing was done. `has_kernels`: for edits."""
+def did_all(
+    group: Group, site: Site, tensors: Tensors, layout: Layout, has_kernels: bool, max_saved: int
+) -> Take | Visit | None:
+    """Do all that the group does at the site where it stands. None: nothing was done.
+
+    `has_kernels`: for edits. `max_saved`: bytes a request beyond which nothing is collected here.
+    """
     take = group.program.takes.get(group.pc)
     if take is not None:
-        return take if _collect(group, take, site, tensors, layout) else None
+        is_full = group.sheet.num_copied > max_saved * len(group.members)
+        return take if not is_full and _collect(group, take, site, tensors, layout) else None
     visit = group.program.visits.get(group.pc)
     return visit if visit is not None and not has_kernels and _add(group, visit, site, tensors, layout) else None
 

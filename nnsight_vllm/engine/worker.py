@@ -14,8 +14,9 @@ import torch
 from nnsight_vllm.engine import compat, refusal, taps
 from nnsight_vllm.engine.calls import Calls
 from nnsight_vllm.engine.draws import draw_sites
-from nnsight_vllm.engine.executor import Executor, Limits, SiteTable
+from nnsight_vllm.engine.executor import Executor, SiteTable
 from nnsight_vllm.engine.instrument import Instrumented, instrument
+from nnsight_vllm.engine.limits import limits_of
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.check import check
@@ -95,14 +96,14 @@ class Worker(_Base):
         self.catalogue = catalogue = msgspec.structs.replace(
             found, sites=[*found.sites, *(site.info for site in draws)], vocab_size=logits[-1].shape[-1]
         )
+        ours = compat.settings_of(self.vllm_config)
+        limits = limits_of(ours.get("limits", {}), is_accelerator=self.device.type != "cpu")
         table = SiteTable(
             sites={**self.instrumented.sites, **{site.info.name: site for site in draws}},
             orders={info.name: info.order for info in catalogue.sites},
-            calls=Calls(self.instrumented),
+            calls=Calls(self.instrumented, limits),
             active=taps.ACTIVE,
         )
         programs = ProgramCache(lambda graph: check(graph, catalogue))
-        ours = compat.settings_of(self.vllm_config)
-        limits = Limits(**ours.get("limits", {}))
         self.executor = Executor(table, programs, Store(self.device), self.device, ours.get("batching", True), limits)
         self.seam.executor = self.executor

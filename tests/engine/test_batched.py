@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import Toy
 
-from nnsight_vllm.engine.executor import Limits
+from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.engine.operations import OPERATIONS
 from nnsight_vllm.engine.requests import Status
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations

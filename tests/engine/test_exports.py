@@ -2,8 +2,8 @@ import pytest
 import torch
 from toy import HIDDEN, Toy, graph
 
-from nnsight_vllm.engine.executor import Limits
 from nnsight_vllm.engine.exports import Exports, Released
+from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.nodes import Block, Export, Import, Iterations, Node, Op, Read, Ref, Save, Slice, Write

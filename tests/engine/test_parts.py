@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import HIDDEN, Toy, graph
 
-from nnsight_vllm.engine.executor import Limits
+from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.engine.parts import MAX_PROGRAMS
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Log, Node, Op, Read, Ref, Save, Slice, Stop, Write
 from nnsight_vllm.graph.results import Failure

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensor
 from torch import Tensor
 from toy import HIDDEN, Toy, graph
 
-from nnsight_vllm.engine.executor import Limits
+from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.graph.nodes import (
     Block,
     Call,
