@@ -40,7 +40,7 @@ from nnsight_vllm.engine.lanes import (
 )
 from nnsight_vllm.engine.operations import FACTORIES, evaluate
 from nnsight_vllm.engine.places import fit, refuse_floats
-from nnsight_vllm.engine.results import frozen_copy, saved_too_much
+from nnsight_vllm.engine.results import frozen_copy
 from nnsight_vllm.engine.spending import bytes_of, over_time
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import (
@@ -507,9 +507,8 @@ class GroupInterpreter:
         is_one = not group.dead and isinstance(lane, Rows | Each | View | Several | Shared)
         if is_one and group.sheet.take(name, lane, append):
             self._count(group, "save", True)
-            num_bytes = group.sheet.num_copied // len(group)
-            if num_bytes > self._limits.saved_per_step:
-                self._fail_all(group, saved_too_much(num_bytes, self._limits))
+            if excess := self._limits.excess(0, 0, group.sheet.num_copied // len(group)):
+                self._fail_all(group, InterventionError(excess))
             return
         self._count(group, "save", False)
         group.sheet.spill([member.outbox for member in group.members], name)

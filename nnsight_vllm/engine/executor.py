@@ -82,6 +82,7 @@ class Executor:
         self._table = table
         self._batching = batching
         self._limits = limits
+        self._max_saved = limits.saved_per_step
         self._num_saved = 0  # bytes sent home of the requests that live
         self._unsent: set[str] = set()
         self._several: set[str] = set()  # requests with several programs
@@ -99,6 +100,10 @@ class Executor:
         self._step: Step | None = None
         self._is_at_logits = False
         self._interrupt: BaseException | None = None
+
+    def warm_up(self) -> None:
+        """Do now what would make the first request with a graph wait."""
+        self._interpreter.guard.warm_up()
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
@@ -422,8 +427,7 @@ class Executor:
         name = group.site
         assert name is not None and self._step is not None
         site, layout = self._table.sites[name], group.layout(self._step, self._is_at_logits)
-        most = self._limits.saved_per_step
-        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels, most)) is not None:
+        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels, self._max_saved)) is not None:
             self._pass(group, done)
             return
         group.order = self._table.orders[name]
@@ -522,7 +526,8 @@ class Executor:
         sheet, group.sheet = group.sheet, GroupSheet(len(group))
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
-        excess = self._limits.excess(self._most_saved(group) + size, self._num_saved + size * len(members))
+        in_step = sheet.num_copied // len(members)
+        excess = self._limits.excess(self._most_saved(group) + size, self._num_saved + size * len(members), in_step)
         if not excess and self._unsent.isdisjoint(group.ids):
             self._num_saved += size * len(members)
             group.num_saved += size
@@ -530,9 +535,9 @@ class Executor:
             return
         for i, member in enumerate(group.members):
             if member.outbox.is_empty:
-                self._send(member, lines[i], sent)
+                self._send(member, lines[i], sent, in_step)
             else:
-                self._send(member, _tensor(member.outbox.take(sheet.sheet_of(i, start, lines))), sent)
+                self._send(member, _tensor(member.outbox.take(sheet.sheet_of(i, start, lines))), sent, in_step)
 
     def _most_saved(self, group: Group) -> int:
         """What one of the group's requests sent home so far at most, in bytes."""
@@ -541,12 +546,12 @@ class Executor:
         self._settle()
         return max(member.sent_in_all for member in group.members)
 
-    def _send(self, request: Request, message: Tensor, sent: Messages) -> None:
+    def _send(self, request: Request, message: Tensor, sent: Messages, in_step: int = 0) -> None:
         """A message on its way home, unless it brings the request or the engine over its limit."""
         self._settle()
         request.num_saved += message.numel()
         self._num_saved += message.numel()
-        excess = self._limits.excess(request.sent_in_all, self._num_saved)
+        excess = self._limits.excess(request.sent_in_all, self._num_saved, in_step)
         if excess and not request.has_failed:
             self._refuse_results(request, excess)
             message = _tensor(request.outbox.take())

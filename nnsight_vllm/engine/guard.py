@@ -70,6 +70,11 @@ class Guard:
             self._checks[name] = self._check_bounded if name in self._bounded else self._check
         self._checks["py.getitem"] = self._check_index
 
+    def warm_up(self) -> None:
+        """Have torch load what it needs for running operations without data: it takes seconds the first time."""
+        self.allow("torch.zeros", [1], {})
+        self.allow("linalg.svd", [torch.ones(2, 2)], {})
+
     def allow(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Raise unless the operation may run on these arguments."""
         check = self._checks.get(name)

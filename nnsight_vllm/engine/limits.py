@@ -30,12 +30,14 @@ class Limits:
     held_bytes_in_all: int = 16 << 30
     work: int = 1 << 38
 
-    def excess(self, of_request: int, of_all: int) -> str:
+    def excess(self, of_request: int, of_all: int, in_step: int = 0) -> str:
         """What is over its limit of bytes sent home, in words; empty where nothing is."""
         if of_request > self.request:
             return f"the request saved {of_request} bytes; max_saved_bytes is {self.request}"
         if of_all > self.engine:
             return f"the requests that run saved {of_all} bytes; max_saved_bytes_in_all is {self.engine}"
+        if in_step > self.saved_per_step:
+            return f"the request saved {in_step} bytes in one step; the limit `saved_per_step` is {self.saved_per_step}"
         return ""
 
 

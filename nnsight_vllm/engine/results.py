@@ -106,8 +106,8 @@ class Outbox:
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
-        if self._num_bytes > self._limits.saved_per_step:
-            raise saved_too_much(self._num_bytes, self._limits)
+        if excess := self._limits.excess(0, 0, self._num_bytes):
+            raise InterventionError(excess)
 
     def changed(self, value: Any) -> None:
         """A tensor that an in-place operation changed; saved containers may hold it."""
@@ -186,12 +186,6 @@ class Followed:
             return Saved(self.name, ListValue([encode_value(item) for item in value[len(sent) :]]), append=True)
         count(size_of(value))
         return Saved(self.name, encode_value(value))
-
-
-def saved_too_much(num_bytes: int, limits: Limits) -> InterventionError:
-    return InterventionError(
-        f"the request saved {num_bytes} bytes in one step; the limit `saved_per_step` is {limits.saved_per_step}"
-    )
 
 
 def size_of(value: Any) -> int:

@@ -106,4 +106,5 @@ class Worker(_Base):
         )
         programs = ProgramCache(lambda graph: check(graph, catalogue))
         self.executor = Executor(table, programs, Store(self.device), self.device, ours.get("batching", True), limits)
+        self.executor.warm_up()
         self.seam.executor = self.executor

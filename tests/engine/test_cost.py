@@ -124,6 +124,7 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_fails_its_own_request_at_once(name: str) -> None:
     toy, alone = Toy(limits=SMALL), Toy()
+    toy.executor.warm_up()
     plain = graph(Read(0, "1.out", 0), Op(1, "torch.softmax", [Ref(0), -1]), Save(2, "x", Ref(1)))
     alone.add("plain", plain)
     expected = alone.step(plain=(2, 0))["plain"]
@@ -131,7 +132,7 @@ def test_a_bomb_fails_its_own_request_at_once(name: str) -> None:
     toy.add("bomb", BOMBS[name])
     start = time.perf_counter()
     streams = toy.step(plain=(2, 0), bomb=(2, 0))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20  # minutes or the whole memory, were it let run
     assert toy.failure("bomb").split(":")[0] in {"InterventionError", "OverflowError", "RuntimeError", "TypeError"}
     assert toy.saved["plain"] == alone.saved["plain"]
     assert torch.equal(streams["plain"], expected)
