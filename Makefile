@@ -3,6 +3,7 @@
 # make bench   throughput against stock vLLM, and the table in README.md (an hour or less; nothing else should run)
 # make bench-all  every benchmark               make bench-table  only the pages, from benchmarks/results
 # make fuzz    5,000 drawn scenarios of requests that come, meet, are evicted and aborted; other ones each time (an hour)
+# make fuzz-hostile  100,000 graphs as an enemy would write them, drawn and led by coverage (half an hour)
 # make clean   remove what these made here (not the cache of the demo model)
 
 # A Python of your choice: make PYTHON=/path/to/python3.12 demo
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: venv demo test fuzz check bench bench-all bench-table clean
+.PHONY: venv demo test fuzz fuzz-hostile check bench bench-all bench-table clean
 
 venv: $(STAMP)
 
@@ -33,6 +34,12 @@ test: $(STAMP)
 
 fuzz: $(STAMP)
 	NNSIGHT_VLLM_FUZZ=5000 $(RUN) -m pytest tests/engine/test_churn.py -k fuzzed -s $(ARGS)
+
+# The fuzzer by coverage has no package for every Python; without it all inputs are drawn by chance.
+fuzz-hostile: $(STAMP)
+	@$(PIP) atheris==3.0.0 || echo "atheris can't be installed here: all inputs are drawn by chance"
+	$(RUN) tests/fuzz_hostile.py random 60000
+	if $(RUN) -c "import atheris"; then $(RUN) tests/fuzz_hostile.py atheris 40000; else $(RUN) tests/fuzz_hostile.py random 40000; fi
 
 check: $(STAMP)
 	$(RUN) -m ruff format --check .

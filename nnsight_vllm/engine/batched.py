@@ -178,17 +178,14 @@ class GroupInterpreter:
 
     def _run(self, group: Group) -> None:
         instruction = group.program.code[group.pc]
-        if (
-            type(instruction) is At and not group.is_over and not group.dead
-        ):  # behind a shortcut: most often it waits at once
-            self._began = 0.0
-            group.pc += 1
-            if not self.at(group, instruction):
-                group.pc -= 1
-            else:
-                self._run_clocked(group)
-        else:
+        if type(instruction) is not At:
             self._run_clocked(group)
+        else:  # behind a shortcut it waits at once: nothing to take the time of
+            group.pc += 1
+            if self.at(group, instruction):
+                self._run_clocked(group)
+            else:
+                group.pc -= 1
         if group.place is not None:
             self._keep_views(group)
 
@@ -206,6 +203,7 @@ class GroupInterpreter:
                 self._check_time(group)
                 until = perf_counter() + most / 10
         self._clock(group)
+        self._began = 0.0
 
     # -- limits ------------------------------------------------------------------------------------------------------
 
@@ -507,7 +505,7 @@ class GroupInterpreter:
         is_one = not group.dead and isinstance(lane, Rows | Each | View | Several | Shared)
         if is_one and group.sheet.take(name, lane, append):
             self._count(group, "save", True)
-            if excess := self._limits.excess(0, 0, group.sheet.num_copied // len(group)):
+            if excess := self._limits.excess(0, 0, group.sheet.num_bytes):
                 self._fail_all(group, InterventionError(excess))
             return
         self._count(group, "save", False)

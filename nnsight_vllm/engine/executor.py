@@ -526,7 +526,7 @@ class Executor:
         sheet, group.sheet = group.sheet, GroupSheet(len(group))
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
-        in_step = sheet.num_copied // len(members)
+        in_step = size - len(start)
         excess = self._limits.excess(self._most_saved(group) + size, self._num_saved + size * len(members), in_step)
         if not excess and self._unsent.isdisjoint(group.ids):
             self._num_saved += size * len(members)

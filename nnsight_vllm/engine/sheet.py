@@ -46,10 +46,9 @@ class Column:
 
 @dataclass
 class GroupSheet:
-    """The saves of a group of `size` requests in one step, in program order. `num_copied`: bytes of all, replaced ones too."""
+    """The saves of a group of `size` requests in one step, in program order."""
 
     size: int
-    num_copied: int = 0
     columns: list[Column] = field(default_factory=list)
     by_request: set[str] = field(default_factory=set)  # names that went to the requests' own outboxes
 
@@ -63,14 +62,11 @@ class GroupSheet:
             return False
         if not append:
             self.columns = [column for column in self.columns if column.name != name]
-        kept = [tensor for tensor in tensors if tensor is not None]
-        self.columns.append(Column(name, append, kept, several))
-        self.num_copied += sum(tensor.nbytes for tensor in kept)
+        self.columns.append(Column(name, append, [tensor for tensor in tensors if tensor is not None], several))
         return True
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Take a copy that was made already, [requests, ...], as what one item more of a list is made of."""
-        self.num_copied += tensor.nbytes
         self.columns.append(Column(name, True, [tensor if tensor.device.type == "cpu" else tensor.cpu()], None))
 
     def spill(self, outboxes: list[Outbox], name: str | None = None) -> None:
@@ -84,7 +80,7 @@ class GroupSheet:
         self.columns = [column for column in self.columns if name not in (None, column.name)]
 
     def clear(self) -> None:
-        self.columns, self.num_copied = [], 0
+        self.columns = []
         self.by_request.clear()
 
     def lines(self) -> tuple[bytes, Tensor]:

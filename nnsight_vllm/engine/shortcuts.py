@@ -17,6 +17,9 @@ from nnsight_vllm.engine.taps import Tensors
 from nnsight_vllm.plan.edits import Visit
 from nnsight_vllm.plan.takes import Take
 
+LOOK = 32
+"""So many values of each request are collected before their bytes are looked at; those of the whole step are at its end."""
+
 
 def did_all(
     group: Group, site: Site, tensors: Tensors, layout: Layout, has_kernels: bool, max_saved: int
@@ -27,7 +30,8 @@ def did_all(
     """
     take = group.program.takes.get(group.pc)
     if take is not None:
-        is_full = group.sheet.num_copied > max_saved * len(group.members)
+        sheet = group.sheet
+        is_full = len(sheet.columns) % LOOK == LOOK - 1 and sheet.num_bytes > max_saved
         return take if not is_full and _collect(group, take, site, tensors, layout) else None
     visit = group.program.visits.get(group.pc)
     return visit if visit is not None and not has_kernels and _add(group, visit, site, tensors, layout) else None

@@ -41,6 +41,12 @@ VECTOR: list[Node] = [Op(0, "torch.arange", [50_000], {"dtype": Dtype("float32")
 SQUARE: list[Node] = [Op(0, "torch.ones", [300, 300])]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def warm() -> None:
+    """As the worker does: what torch loads at first isn't a request's time."""
+    Guard(Limits()).warm_up()
+
+
 def bomb(*nodes: Node) -> bytes:
     """The nodes, then a save of the last value."""
     return graph(*nodes, Save(999, "x", Ref(nodes[-1].id)))
@@ -124,7 +130,6 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_fails_its_own_request_at_once(name: str) -> None:
     toy, alone = Toy(limits=SMALL), Toy()
-    toy.executor.warm_up()
     plain = graph(Read(0, "1.out", 0), Op(1, "torch.softmax", [Ref(0), -1]), Save(2, "x", Ref(1)))
     alone.add("plain", plain)
     expected = alone.step(plain=(2, 0))["plain"]
