@@ -70,14 +70,32 @@ WORDS = [
     "\x00",
     "é",
 ]
-KEYS = "dim keepdim dtype out device size input other n p dims largest descending rounding_mode padding inplace mode".split()
+KEYS = [
+    "dim",
+    "keepdim",
+    "dtype",
+    "out",
+    "device",
+    "size",
+    "input",
+    "other",
+    "n",
+    "p",
+    "dims",
+    "largest",
+    "descending",
+    "rounding_mode",
+    "padding",
+    "inplace",
+    "mode",
+]
 
 
 class Source(Protocol):
     """Where choices come from."""
 
     def random(self) -> float: ...
-    def randrange(self, stop: int) -> int: ...
+    def randrange(self, start: int, /) -> int: ...
     def choice(self, items: Sequence[T]) -> T: ...
 
 

@@ -68,6 +68,8 @@ DTYPES = frozenset(
         "float8_e5m2",
     ]
 )
+Scopes = tuple[set[int], ...]
+"""Ids, by the blocks that define them, from outside in: a copy of all for every inner block would take forever for many."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -120,25 +122,24 @@ class Checker:
 
     def run(self, graph: Graph) -> None:
         try:
-            self._block(graph.body, set(), 0)
+            self._block(graph.body, (), 0)
         except RecursionError:
             raise GraphError("the graph is nested too deeply") from None
 
-    def _block(self, block: Block, seen: set[int], depth: int) -> set[int]:
-        """Check a block; `seen` are the ids it may use. Returns the ids it defines."""
+    def _block(self, block: Block, seen: Scopes, depth: int) -> set[int]:
+        """Check a block; `seen` are the ids it may use, by the blocks around it. Returns the ids it defines."""
         if depth > MAX_DEPTH:
             raise GraphError(f"blocks are nested more than {MAX_DEPTH} deep")
         defined: set[int] = set()
         for node in block.nodes:
-            visible = seen | defined if isinstance(node, Cond | Loop | Iterations) else None
             for arg in operands(node):
                 self._arg(arg, seen, defined, node.id)
-            defined |= self._node(node, visible or set(), depth)
+            defined |= self._node(node, (*seen, defined), depth)
         for arg in block.yields:
             self._arg(arg, seen, defined, -1)
         return defined
 
-    def _node(self, node: Node, seen: set[int], depth: int) -> set[int]:
+    def _node(self, node: Node, seen: Scopes, depth: int) -> set[int]:
         self._define(node.id)
         match node:
             case Read():
@@ -202,7 +203,7 @@ class Checker:
         if module.refuse_call:
             raise GraphError(f"node {node.id}: {node.module} can't be called: {module.refuse_call}")
 
-    def _cond(self, node: Cond, seen: set[int], depth: int) -> list[int]:
+    def _cond(self, node: Cond, seen: Scopes, depth: int) -> list[int]:
         start = self.cursor.at
         self._block(node.then, seen, depth + 1)
         end = self.cursor.at
@@ -213,19 +214,19 @@ class Checker:
         self._define(*node.outs)
         return node.outs
 
-    def _loop(self, node: Loop, seen: set[int], depth: int) -> list[int]:
+    def _loop(self, node: Loop, seen: Scopes, depth: int) -> list[int]:
         self._define(node.item, *node.carried)
         self.cursor.enter_loop()
-        self._block(node.body, seen | {node.item, *node.carried}, depth + 1)
+        self._block(node.body, (*seen, {node.item, *node.carried}), depth + 1)
         self.cursor.leave_loop()
         self._same_length(node.id, node.outs, node.carried, node.inits, node.body.yields)
         self._define(*node.outs)
         return node.outs
 
-    def _iterations(self, node: Iterations, seen: set[int], depth: int) -> set[int]:
+    def _iterations(self, node: Iterations, seen: Scopes, depth: int) -> set[int]:
         self._define(node.index)
         with self.cursor.iterations(node.id, node.start, node.stop, node.step):
-            return self._block(node.body, seen | {node.index}, depth + 1)
+            return self._block(node.body, (*seen, {node.index}), depth + 1)
 
     def _define(self, *ids: int) -> None:
         for id in ids:
@@ -241,9 +242,9 @@ class Checker:
             raise GraphError(f"node {node}: no site {name!r}")
         return site
 
-    def _arg(self, arg: Arg, seen: set[int], defined: set[int], node: int) -> None:
+    def _arg(self, arg: Arg, seen: Scopes, defined: set[int], node: int) -> None:
         for id in refs(arg):
-            if id not in defined and id not in seen:
+            if id not in defined and not any(id in scope for scope in seen):
                 raise GraphError(f"node {node}: value {id} isn't defined here")
         for leaf in _leaves(arg):
             if isinstance(leaf, Dtype) and leaf.name not in DTYPES:

@@ -75,6 +75,13 @@ def test_a_pattern_that_matches_nothing_is_refused_by_name(tiny_checkpoint: Call
         _ = model.llm
 
 
+@pytest.mark.parametrize("limits", [{"second": 1}, {"trips": 0}, {"value_bytes": "1 GiB"}, {"work": 0.5}])
+def test_a_limit_that_there_is_not_is_refused_by_name_before_the_engine_starts(limits: dict[str, Any]) -> None:
+    (name,) = limits
+    with pytest.raises(EngineSettingError, match=name):
+        VLLM("no-such-checkpoint", limits=limits)
+
+
 @pytest.mark.parametrize("path", ["/no/such/checkpoint", "./no-such", "~/no-such"])
 def test_a_checkpoint_that_is_not_there_is_refused_by_path(path: str) -> None:
     with pytest.raises(EngineSettingError, match=re.escape(repr(path))):
