@@ -190,7 +190,7 @@ class Drawn:
             case 8:
                 extra = self.source.choice(["stop", "const", "call", "call", "export", "import"])
                 node: dict[str, Any] = {"type": extra, "id": self.new()}
-                more: dict[str, Any] = {
+                more: dict[str, dict[str, Any]] = {
                     "const": {"digest": "ab" * 32},
                     "call": {"module": "double", "args": [self.arg(0)]},
                 }

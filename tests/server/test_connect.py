@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -190,18 +189,3 @@ def test_a_failure_has_the_users_line(model: VLLM) -> None:
         with model.trace(PROMPT, max_tokens=1):
             h = model.model.layers[0].output[0]
             h[h.argmax() + 10_000].save()
-
-
-def test_the_code_of_the_page_runs(smollm2_server: LiveServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = (ENGINE_TESTS.parent.parent / "docs" / "server.md").read_text()
-    section = page.partition("## From Python")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 3
-    connect = VLLM.connect
-    monkeypatch.setattr(VLLM, "connect", lambda url, **more: connect(smollm2_server.url, **more))
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks))
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(script.read_text(), str(script), "exec"), names)
-    assert len(names["states"]) == 4 and names["steered"].token_ids and len(names["tensors"]) == 1
-    names["model"].close()

@@ -1,0 +1,80 @@
+"""A live server over plain HTTP: a request with an intervention, in one piece and streamed, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import torch
+from live_server import KEYS, LiveServer
+
+HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
+BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
+LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
+NUM_ROWS = BODY["max_tokens"]  # an iteration each: the prompt's, and one for each token but the last
+
+
+def post(live: LiveServer, body: dict[str, Any], route: str = "completions") -> httpx.Response:
+    return httpx.post(f"{live.url}/v1/{route}", json=body, headers=HEADERS, timeout=60)
+
+
+def tensor_of(told: dict[str, Any]) -> torch.Tensor:
+    data = bytearray(base64.b64decode(told["data"]))
+    return torch.frombuffer(data, dtype=getattr(torch, told["dtype"])).reshape(told["shape"])
+
+
+def test_an_edit_changes_what_is_generated_and_nobody_elses_tokens(live: LiveServer) -> None:
+    edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": -3.0}
+    plain = post(live, BODY).json()["choices"][0]
+    edited = post(live, {**BODY, "intervention": {"edits": [edit]}}).json()["choices"][0]
+    again = post(live, BODY).json()["choices"][0]
+    assert plain == again
+    assert edited["text"] != plain["text"]
+    assert "intervention" not in plain
+    assert edited["intervention"] == {"saved": {}, "logs": [], "stopped": False}
+
+
+def test_what_is_saved_is_the_same_in_one_piece_and_streamed(live: LiveServer) -> None:
+    whole = post(live, {**BODY, "intervention": {"save": [LAST]}}).json()["choices"][0]["intervention"]["saved"]["h"]
+    body = {**BODY, "stream": True, "intervention": {"save": [{**LAST, "stream": True}]}}
+    pieces = []
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=60) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                pieces.append(tensor_of(choice["intervention"]["saved"]["h"]))
+    assert tensor_of(whole).shape[0] == NUM_ROWS
+    torch.testing.assert_close(torch.cat(pieces), tensor_of(whole), rtol=2e-5, atol=2e-5)
+
+
+def test_every_sample_has_its_own_values(live: LiveServer) -> None:
+    asked = {**BODY, "n": 2, "temperature": 1.0, "seed": 3, "intervention": {"save": [LAST]}}
+    choices = post(live, asked).json()["choices"]
+    first, second = (tensor_of(choice["intervention"]["saved"]["h"]) for choice in choices)
+    torch.testing.assert_close(first[0], second[0], rtol=2e-5, atol=2e-5)
+    assert not torch.equal(first, second)
+
+
+def test_a_wrong_site_is_a_400_that_says_where(live: LiveServer) -> None:
+    edit = {"site": "model.layer.0", "op": "scale", "scale": 2.0}
+    refused = post(live, {**BODY, "intervention": {"edits": [edit]}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "intervention.edits[0].site"
+
+
+def test_a_tensor_is_its_tenants_own(live: LiveServer) -> None:
+    steer = {"site": "model.layers.0.output[0]", "op": "add", "tensor": "nobodys"}
+    refused = post(live, {**BODY, "intervention": {"edits": [steer]}})
+    assert refused.status_code in (400, 404)
+    assert refused.json()["error"]["param"] == "intervention.edits[0].tensor"
+
+
+def test_the_engines_own_fields_are_refused(live: LiveServer) -> None:
+    refused = post(live, {**BODY, "vllm_xargs": {"nnsight_vllm": "x"}})
+    assert refused.status_code == 400
+
+
+def test_without_a_key_nothing_is_served(live: LiveServer) -> None:
+    assert httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=60).status_code == 401
