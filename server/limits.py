@@ -20,6 +20,20 @@ def _limit(default: int, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+_OF_ENGINE = {
+    "request": "saved_bytes",
+    "engine": "saved_bytes_in_all",
+    "saved_per_step": "saved_step_bytes",
+    "seconds": "program_seconds",
+    "trips": "loop_trips",
+    "value_bytes": "value_bytes",
+    "held_bytes": "held_bytes",
+    "held_bytes_in_all": "held_bytes_in_all",
+    "log_lines": "log_lines",
+}
+"""Names of `engine.limits.Limits`, and ours of the same."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Counts, bytes and seconds. Each is a positive integer; the flag of `graph_nodes` is `--max-graph-nodes`."""
@@ -42,6 +56,13 @@ class Limits:
     saved_bytes: int = _limit(1 << 30, "bytes that one request may save")
     saved_bytes_in_all: int = _limit(8 << 30, "bytes that all requests that run may have saved")
     edited_models: int = _limit(64, "edited models of one tenant")
+    saved_step_bytes: int = _limit(1 << 30, "bytes that one request may save in one step, which is a token")
+    program_seconds: int = _limit(10, "seconds that one request's program may run in one step")
+    loop_trips: int = _limit(65_536, "trips of one request's loops in one step")
+    value_bytes: int = _limit(2 << 30, "bytes that one operation may make")
+    held_bytes: int = _limit(4 << 30, "bytes of values that one request may keep")
+    held_bytes_in_all: int = _limit(16 << 30, "bytes of values that all requests that run may keep")
+    log_lines: int = _limit(10_000, "lines of logs of one request")
 
     @classmethod
     def from_args(cls, args: Namespace) -> Limits:
@@ -54,6 +75,7 @@ class Limits:
             ("saved_bytes", "saved_bytes_in_all"),
             ("graph_nodes", "trace_nodes"),
             ("constant_bytes", "stored_bytes_in_all"),
+            ("held_bytes", "held_bytes_in_all"),
         ):
             one, all = getattr(limits, small), getattr(limits, large)
             if one > all:
@@ -62,7 +84,7 @@ class Limits:
 
     def of_engine(self) -> dict[str, object]:
         """What the worker keeps to."""
-        return {"limits": {"request": self.saved_bytes, "engine": self.saved_bytes_in_all}}
+        return {"limits": {name: getattr(self, ours) for name, ours in _OF_ENGINE.items()}}
 
 
 def add_arguments(group: Any) -> None:

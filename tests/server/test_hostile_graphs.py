@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nnsight_vllm.graph.wire import encode
 
-FINDINGS = sorted((Path(__file__).parent / "hostile").glob("*.bin"))
+FINDINGS = sorted(path for path in (Path(__file__).parent / "hostile").iterdir() if path.suffix in (".bin", ".json"))
 NUM_DRAWN = 1500
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -44,7 +45,17 @@ def test_what_makes_no_sense_is_refused_with_its_flag(arguments: list[str], mess
 
 
 def test_the_engine_gets_its_own() -> None:
-    assert Limits(saved_bytes=3, saved_bytes_in_all=4).of_engine() == {"limits": {"request": 3, "engine": 4}}
+    given: Any = Limits(saved_bytes=3, saved_bytes_in_all=4, program_seconds=5, loop_trips=6).of_engine()["limits"]
+    assert (given["request"], given["engine"], given["seconds"], given["trips"]) == (3, 4, 5, 6)
+
+
+def test_the_engines_defaults_are_the_servers() -> None:
+    from nnsight_vllm.engine.limits import Limits as OfEngine
+    from nnsight_vllm.engine.limits import limits_of
+
+    given: Any = Limits().of_engine()["limits"]
+    assert limits_of(given) == OfEngine()
+    assert {one.name for one in dataclasses.fields(OfEngine)} - set(given) == {"work"}  # it depends on the device
 
 
 def test_no_flag_is_one_of_vllms() -> None:
