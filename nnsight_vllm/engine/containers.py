@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 MAX_NESTING = 32
-MAX_LENGTH = 1 << 20
+MAX_ITEMS = 1 << 18
+MAX_LENGTH = 1 << 20  # of text that a graph puts together
 MAX_TENSORS = 1 << 14
 MAX_PRINTED = 1000
 MAX_TEXT = 1 << 16
@@ -37,9 +38,10 @@ def check_container(value: Any) -> int:
     return num_items
 
 
-def check_length(length: int) -> None:
-    if length > MAX_LENGTH:
-        raise OverflowError(f"a container or text of length {length}; the limit is {MAX_LENGTH}")
+def check_length(length: int, is_text: bool = False) -> None:
+    most = MAX_LENGTH if is_text else MAX_ITEMS
+    if length > most:
+        raise OverflowError(f"a container or text of length {length}; the limit is {most}")
 
 
 def printed(value: Any) -> str:

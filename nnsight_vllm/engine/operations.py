@@ -188,7 +188,7 @@ def _in_place_add(left: Any, right: Any) -> Any:
 
 def _check_joined(left: Any, right: Any) -> None:
     if not isinstance(left, Tensor) and isinstance(left, list | str | tuple) and isinstance(right, list | str | tuple):
-        check_length(len(left) + len(right))
+        check_length(len(left) + len(right), isinstance(left, str))
 
 
 def _mod(left: Any, right: Any) -> Any:
@@ -201,7 +201,7 @@ def _check_size(left: Any, right: Any) -> None:
     """Products of plain Python values grow without bound where tensors would run out of shape."""
     match left, right:
         case (list() | str() | tuple() as items, int() as count) | (int() as count, list() | str() | tuple() as items):
-            check_length(len(items) * count)
+            check_length(len(items) * count, isinstance(items, str))
         case (int(), int()):
             _check_bits(left.bit_length() + right.bit_length())
 
