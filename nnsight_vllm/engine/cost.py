@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,11 @@ _STEPS = 30  # how many times n³ a decomposition takes, about
 
 @dataclass
 class Cost:
-    """`bytes` that are made; `work`, see the module."""
+    """`bytes` that are made; `work`, see the module. `is_of_data`: it isn't known of other arguments of the same shapes."""
 
     bytes: int = 0
     work: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.bytes + other.bytes, self.work + other.work)
+    is_of_data: bool = False
 
 
 class TooDear(Exception):
@@ -55,11 +53,26 @@ def cost_of(name: str, operation: Callable[..., Any], args: list[Any], kwargs: d
     rule = _edited if name == "edit.clamp_" else _RULES.get(bare)
     if rule is not None and (cost := rule(args, kwargs)) is not None:
         return cost
+    if name in _COMPARING and (name in _CHOOSING or not all(isinstance(arg, Tensor) for arg in args)):
+        return _compared(args, kwargs)
     if name == "py.getitem":
         args = [args[0], _unmasked(args[1])]
+    try:
+        return _tried(name, operation, args, kwargs, most)
+    except Unforeseeable:
+        first = 1 if name.startswith("tensor.") else 0
+        if not any(tensor.ndim == 0 for tensor in _tensors([*args[first:], *kwargs.values()])):
+            raise
+        numbers = [*args[:first], *_with_numbers(args[first:])]
+        named = {key: _with_numbers(value) for key, value in kwargs.items()}
+        return replace(_tried(name, operation, numbers, named, most), is_of_data=True)
+
+
+def _tried(name: str, operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], most: Cost) -> Cost:
+    """What was counted while the operation ran on tensors without data."""
     with torch.inference_mode(False), torch.no_grad():
         shadows, named = [_shadow(arg) for arg in args], {key: _shadow(value) for key, value in kwargs.items()}
-        if not _has_tensor([*shadows, *named.values()]):
+        if not _has_tensor([*shadows, *named.values()]) and not name.startswith("py."):
             named["device"] = "meta"
         tally = _Tally(most)
         try:
@@ -72,6 +85,19 @@ def cost_of(name: str, operation: Callable[..., Any], args: list[Any], kwargs: d
                 raise Unforeseeable(name) from error
             raise
     return tally.cost
+
+
+def _with_numbers(value: Any) -> Any:
+    """Tensors without dimensions as the numbers they are: sizes and the like may be such."""
+    match value:
+        case Tensor() if value.ndim == 0 and not value.is_complex():
+            return value.item()
+        case list():
+            return [_with_numbers(item) for item in value]
+        case tuple():
+            return tuple(_with_numbers(item) for item in value)
+        case _:
+            return value
 
 
 def _shadow(value: Any) -> Any:
@@ -92,7 +118,9 @@ def _unmasked(key: Any) -> Any:
     """An index in which masks are replaced by as many numbers as they could be."""
     found: list[Any] = []
     for item in key if isinstance(key, tuple) else [key]:
-        if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
+        if isinstance(item, Tensor) and item.ndim == 0:  # takes one, or as a mask adds a dimension
+            found.append(None if item.dtype == torch.bool else slice(0, 1))
+        elif isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
             found += [torch.zeros(item.numel(), dtype=torch.int64)] * max(1, item.ndim)
         else:
             found.append(item)
@@ -167,6 +195,10 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], m
     if "pool" in name:
         return ELEMENT * elements * max(1, int(math.prod(args[1])))
     return ELEMENT * elements
+
+
+_CHOOSING = frozenset(["py.min", "py.max", "py.sorted"])
+_COMPARING = _CHOOSING | {f"py.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
 # -- what depends on data -------------------------------------------------------------------------------------------------
@@ -274,6 +306,14 @@ def _put(args: list[Any], kwargs: dict[str, Any]) -> Cost | None:
     """Values at indices, masks among them: a copy of the tensor at most."""
     elements = sum(max(1, tensor.numel()) for tensor in _tensors([*args, *kwargs.values()]))
     return Cost(16 * elements, CALL + ELEMENT * elements)
+
+
+def _compared(args: list[Any], kwargs: dict[str, Any]) -> Cost:
+    """Items of containers, each of them with another one."""
+    tensors = _tensors([*args, *kwargs.values()])
+    sizes = sorted((max(1, tensor.numel()) for tensor in tensors), reverse=True)
+    pairs = math.prod(sizes[:2]) if len(sizes) > 1 else 0
+    return Cost(pairs, CALL + ELEMENT * (pairs + sum(sizes)), is_of_data=True)
 
 
 def _literal(args: list[Any], kwargs: dict[str, Any]) -> Cost | None:

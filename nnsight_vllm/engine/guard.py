@@ -121,7 +121,7 @@ class Guard:
         if not isinstance(target, Tensor):
             return
         for item in key if type(key) is tuple else (key,):
-            if isinstance(item, Tensor | list | tuple):
+            if isinstance(item, list | tuple) or (isinstance(item, Tensor) and item.ndim):
                 self._check(name, args, kwargs)
                 return
 
@@ -140,7 +140,7 @@ class Guard:
         except Unforeseeable:
             raise InterventionError(f"what {name} would make of these arguments can't be told beforehand") from None
         self.judge(name, cost)
-        if key is not None:
+        if key is not None and not cost.is_of_data:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[key] = None

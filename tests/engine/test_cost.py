@@ -402,6 +402,55 @@ def test_masks_and_lists_as_an_index_are_foreseen() -> None:
         guard.allow("py.getitem", [X, torch.zeros(1000, dtype=torch.int64)], {})
 
 
+def test_numbers_that_are_tensors_are_taken_as_numbers() -> None:
+    """An index or a size may be a value of the run; what is known of one of them isn't known of the next."""
+    guard, two = Guard(Limits(value_bytes=10_000)), torch.tensor(2)
+    for key in (two, (slice(None), two), (two, torch.tensor([0, 1])), (two > 1, two)):
+        guard.allow("py.getitem", [X, key], {})
+    given: dict[str, list[Any]] = {
+        "tensor.narrow": [X, 0, 0, two], "tensor.repeat": [X, two, 1], "torch.zeros": [two, 3], "torch.topk": [X, two], "torch.roll": [X, two],
+    }  # fmt: skip
+    for name, args in given.items():
+        OPERATIONS[name](*args)
+        guard.allow(name, args, {})
+    with pytest.raises(InterventionError, match="value_bytes"):
+        guard.allow("torch.zeros", [torch.tensor(10**9), 3], {})
+    with pytest.raises(InterventionError, match="value_bytes"):
+        guard.allow("tensor.repeat", [X, torch.tensor(10**9), 1], {})
+
+
+def test_pythons_functions_still_take_tensors() -> None:
+    guard, one, two = Guard(Limits()), torch.tensor(1.0), torch.tensor(2.0)
+    given: list[tuple[str, list[Any]]] = [
+        ("py.max", [[one, two]]), ("py.min", [one, two]), ("py.sorted", [[two, one]]), ("py.max", [V]), ("py.sum", [[one, two]]), ("py.sum", [V]),
+        ("py.eq", [[one], [two]]), ("py.lt", [one, 3]), ("py.eq", [V, V]), ("py.round", [one]), ("py.iadd", [[one], [two]]), ("py.mul", [[one], 3]),
+    ]  # fmt: skip
+    for name, args in given:
+        guard.allow(name, args, {})
+        OPERATIONS[name](*args)
+
+
+def test_a_tensor_as_an_index_fails_with_torchs_own_words() -> None:
+    toy = Toy()
+    row: list[Node] = [
+        Read(0, "0.out", 0),
+        Op(1, "tensor.argmax", [Ref(0)]),
+        Op(2, "py.getitem", [Ref(0), Ref(1)]),
+        Save(3, "x", Ref(2)),
+    ]
+    assert toy.run(graph(*row))["x"] == [1.0] * 4
+    toy = Toy()
+    toy.run(
+        graph(
+            Read(0, "0.out", 0),
+            Op(1, "tensor.argmax", [Ref(0)]),
+            Op(2, "py.add", [Ref(1), 99]),
+            Op(3, "py.getitem", [Ref(0), Ref(2)]),
+        )
+    )
+    assert toy.failure().startswith("IndexError: index 99 is out of bounds")
+
+
 def test_a_call_of_the_toys_module_still_works_under_limits() -> None:
     toy = Toy(limits=SMALL, modules=("double",))
     assert (
