@@ -19,6 +19,8 @@ from nnsight_vllm.graph.check import DTYPES, check
 from nnsight_vllm.graph.nodes import Graph, Op, Read, Ref, Save
 from nnsight_vllm.graph.ops import OPS
 from nnsight_vllm.graph.wire import decode, encode, from_json, to_json
+from nnsight_vllm.plan.caching import caching_of
+from nnsight_vllm.plan.cutting import Whole, cut_of
 from nnsight_vllm.plan.program import compile_graph
 
 T = TypeVar("T")
@@ -309,6 +311,13 @@ class Judge:
             return "refused"
         assert decode(encode(legal)) == legal or "nan" in to_json(legal)
         compile_graph(legal)
+        for length in (1, 2, 70):  # what the front end and the scheduler ask of it
+            facts = lambda site: 1, lambda digest: 1, length
+            caching_of(legal, *facts)
+            cut = cut_of(legal, *facts)
+            if not isinstance(cut, Whole):
+                for piece in (cut.piece(0, 1), cut.last(1)):
+                    _ = piece and compile_graph(piece)
         toy = Toy(limits=LIMITS, modules=("double",))
         toy.add("plain", PLAIN)
         for name in ("one", "two"):

@@ -70,6 +70,8 @@ DTYPES = frozenset(
 )
 Scopes = tuple[set[int], ...]
 """Ids, by the blocks that define them, from outside in: a copy of all for every inner block would take forever for many."""
+ARGUMENTS = {"py.getitem": 2, "py.setitem": 3, "py.append": 2, "py.attr": 2}
+"""How many arguments the operations take that plans look into."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -179,6 +181,10 @@ class Checker:
     def _op(self, node: Op) -> None:
         if node.name not in OPS:
             raise GraphError(f"node {node.id}: no operation {node.name!r}")
+        takes = ARGUMENTS.get(node.name)
+        if takes is not None and (len(node.args) != takes or node.kwargs):
+            given = f"{len(node.args)} and {len(node.kwargs)} by name"
+            raise GraphError(f"node {node.id}: {node.name} takes {takes} arguments by position, got {given}")
         if node.writes is None:
             return
         site = self._site(node.writes, node.id)
