@@ -136,7 +136,10 @@ def test_walking_finds_nodes_constants_and_written_sites_inside_blocks() -> None
         ([Cond(0, True, Block([Read(1, MLP)]), Block([])), Save(2, "s", Ref(1))], "value 1 isn't defined"),
         ([Cond(0, True, Block([], [1]), Block([]), [3])], "differ in number"),
         ([Loop(0, List([1]), 1, Block([], [])), Save(2, "s", Ref(1))], "value 1 isn't defined"),
-        ([Read(0, MLP), Op(1, "py.getitem", [Ref(0)])], "py.getitem takes 2 arguments by position, got 1 and 0 by name"),
+        (
+            [Read(0, MLP), Op(1, "py.getitem", [Ref(0)])],
+            "py.getitem takes 2 arguments by position, got 1 and 0 by name",
+        ),
     ],
 )
 def test_an_illegal_graph_says_what_is_wrong(nodes: list[Node], message: str) -> None:
