@@ -45,6 +45,13 @@ class Carried:
         self._edited = edited
         self._num_choices = 0
 
+    def require_run(self) -> None:
+        """Raise `Refused` where an answer was made without the engine: it would pass for one of the edited model."""
+        if not self._num_choices:
+            raise Refused(
+                "this request was answered without running the model, and so without its intervention", "intervention"
+            )
+
     def generate(
         self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str
     ) -> AsyncGenerator[Any, None]:

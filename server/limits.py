@@ -45,7 +45,6 @@ class Limits:
     body_bytes: int = _limit(512 << 20, "bytes of one request's body")
     stored_bytes: int = _limit(1 << 30, "bytes of uploaded tensors that are kept for one tenant")
     stored_bytes_in_all: int = _limit(8 << 30, "bytes of tensors that the engine keeps, for all tenants")
-    inline_tensor_bytes: int = _limit(6 << 20, "bytes of one tensor in a JSON body")
     inline_result_bytes: int = _limit(
         64 << 10, "bytes of a saved tensor told in the answer itself; above it, a link is"
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.background import BackgroundTask
 from starlette.responses import Response
@@ -85,6 +86,17 @@ async def show_available_models(raw_request: Request) -> Any:
     return JSONResponse(content=known)
 
 
+async def refuse_field(raw_request: Request) -> None:
+    """For vLLM's other routes, which would pass over an intervention without a word."""
+    if (await raw_request.body()).find(b'"intervention"') < 0:
+        return
+    with suppress(ValueError):  # bytes that are no JSON are for the route to refuse
+        body = await raw_request.json()
+        if isinstance(body, dict) and "intervention" in body:
+            paths = ", ".join(r.path for r in router.routes if isinstance(r, APIRoute) and "POST" in r.methods)
+            raise Refused(f"this route takes no intervention; those that do: {paths}", "intervention")
+
+
 Route = Callable[[Any, Request], Awaitable[Any]]
 
 
@@ -111,6 +123,7 @@ async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
             is_taken = True
             return _Closing(response, running.close)
         if isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
+            carried.require_run()
             return _with_values(carried, response, named if edited else None)
         return response
     finally:
@@ -170,6 +183,7 @@ async def _events_with(carried: Carried, events: Any, named: str | None) -> Asyn
     try:
         async for event in events:
             yield _event_with(carried, event, named) if isinstance(event, str) else event
+        carried.require_run()
     finally:
         await events.aclose()
 

@@ -8,7 +8,9 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
 
 from nnsight_vllm.engine.compat import wrap
@@ -45,6 +47,10 @@ class Plugin:
             raise EngineSettingError(
                 "interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes"
             )
+        for route in app.routes:
+            if isinstance(route, APIRoute) and "POST" in route.methods:
+                refusing = get_parameterless_sub_dependant(depends=Depends(openai.refuse_field), path=route.path_format)
+                route.dependant.dependencies.insert(0, refusing)
         for module in (openai, tensors, results, edited, traces):
             app.include_router(module.router, dependencies=[Depends(_hide_lines)])
         app.exception_handler(Refused)(answer_refused)
@@ -53,6 +59,7 @@ class Plugin:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Find out what the engine has, and stand between vLLM's handlers and it."""
         limits = Limits.from_args(args)
+        tenants: Tenants = args.intervention_tenants
         loop, thread = asyncio.get_running_loop(), threading.current_thread()
         engine = await asyncio.to_thread(ServedEngine, engine_client, loop, thread, limits.stored_bytes_in_all)
         wrap(engine_client, "generate", generate_with_graphs)
@@ -61,10 +68,9 @@ class Plugin:
             engine=engine,
             base_names=list(args.served_model_name or [args.model]),
             limits=limits,
-            tenants=args.intervention_tenants,
+            tenants=tenants,
             tensors=TensorStore(limits.stored_bytes),
             results=ResultStore(limits.results_kept, limits.result_bytes, limits.result_seconds),
             edited=EditedModels(args.edits_dir),
             concurrent=Concurrent(limits.concurrent_requests),
         )
-        assert isinstance(state.interventions.tenants, Tenants)

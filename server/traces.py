@@ -26,6 +26,7 @@ from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.received import Missing, Received
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
 from nnsight_vllm.server.streamed import Streamed, not_run
+from nnsight_vllm.server.tensors import read_body
 from nnsight_vllm.server.told import encode_outcomes
 from nnsight_vllm.trace.backend import Outcome
 from nnsight_vllm.trace.tree import Tree
@@ -77,7 +78,7 @@ async def show_stats(raw_request: Request) -> Response:
 )
 async def prepare(raw_request: Request) -> Response:
     """Token ids of prompts, and what sampling arguments come to: `{"prompts": [[1, 2]], "samplings": [{"max_tokens": 16, "n": 1}]}`."""
-    body = await _body(raw_request)
+    body = await read_body(raw_request, interventions_of(raw_request).limits.body_bytes)
     prepared = await asyncio.to_thread(_received(raw_request).prepared, body)
     return Response(msgspec.json.encode(prepared), media_type="application/json")
 
@@ -104,7 +105,7 @@ async def trace(raw_request: Request) -> Response:
         )
     with ExitStack() as held:
         held.enter_context(state.concurrent.enter(tenant))
-        body = await _body(raw_request)
+        body = await read_body(raw_request, interventions_of(raw_request).limits.body_bytes)
         try:
             requests, tensors = await asyncio.to_thread(_received(raw_request).trace, body)
         except Missing as missing:
@@ -145,22 +146,6 @@ async def _outcomes(run: Any, raw_request: Request) -> list[Outcome] | None:
 async def _disconnected(raw_request: Request) -> None:
     while (await raw_request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _body(raw_request: Request) -> bytes:
-    """The whole body, given up where it's longer than allowed."""
-    most = interventions_of(raw_request).limits.body_bytes
-    parts, size = [], 0
-    async for part in raw_request.stream():
-        size += len(part)
-        if size > most:
-            raise Refused(
-                f"the body has more than {most} bytes",
-                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                kind="AdmissionError",
-            )
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _received(raw_request: Request) -> Received:

@@ -369,7 +369,7 @@ def test_every_operation_can_be_foreseen(name: str) -> None:
         copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         try:
             result = OPERATIONS[name](*copies, **kwargs)
-        except Exception:
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # the next ones may fit
             continue
         try:
             cost = cost_of(name, OPERATIONS[name], list(args), kwargs, Cost(1 << 30, 1 << 40))

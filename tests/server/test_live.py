@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from live_server import KEYS, LiveServer
 
@@ -78,3 +82,47 @@ def test_the_engines_own_fields_are_refused(live: LiveServer) -> None:
 
 def test_without_a_key_nothing_is_served(live: LiveServer) -> None:
     assert httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=60).status_code == 401
+
+
+def test_a_response_has_its_values_too(live: LiveServer) -> None:
+    body = {"model": "tiny", "input": "hello", "max_output_tokens": 4, "temperature": 0.0}
+    answered = post(live, {**body, "intervention": {"save": [LAST]}}, "responses")
+    assert answered.status_code == 200, answered.text
+    assert tensor_of(answered.json()["intervention"]["saved"]["h"]).shape[0] == NUM_ROWS
+
+
+@pytest.mark.parametrize("route", ["messages", "chat/completions/batch", "completions/render"])
+def test_routes_that_would_pass_over_an_intervention_refuse_it(live: LiveServer, route: str) -> None:
+    refused = post(live, {**BODY, "messages": [], "intervention": {"save": [LAST]}}, route)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == "intervention"
+
+
+def test_requests_at_once_get_their_own_edits(live: LiveServer) -> None:
+    def one(scale: float) -> str:
+        edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": scale}
+        return str(post(live, {**BODY, "intervention": {"edits": [edit]}}).json()["choices"][0]["text"])
+
+    scales = [-3.0, 1.0, 5.0, -3.0]
+    alone = [one(scale) for scale in scales]
+    with ThreadPoolExecutor(len(scales)) as pool:
+        assert list(pool.map(one, scales)) == alone
+
+
+def test_a_client_that_goes_away_in_mid_stream_leaves_the_server_as_it_was(live: LiveServer) -> None:
+    body = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream": True, "intervention": {"save": [LAST]}}
+    for _ in range(3):
+        with httpx.stream("POST", f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=60) as response:
+            next(response.iter_lines())
+    assert post(live, {**BODY, "intervention": {"save": [LAST]}}).status_code == 200
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        metrics = httpx.get(f"{live.url}/metrics", timeout=60).text
+        running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M)
+        ours = re.search(r"^nnsight_running(?:\{.*\})? (\S+)$", metrics, re.M)
+        assert running is not None and ours is not None
+        left = float(running[1]), float(ours[1])
+        if left == (0, 0):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still running, by vLLM and by us: {left}")
