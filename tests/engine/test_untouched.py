@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.plugins import load_endpoint_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,9 +71,20 @@ def test_a_plain_engine_loads_no_module_of_the_package(stock: dict[str, Any]) ->
     assert stock["loaded"] == []
 
 
-def test_the_package_declares_no_entry_point_to_vllm() -> None:
+def test_vllm_finds_routes_of_ours_alone_and_loads_them_only_where_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "entry-points" not in declared
+    assert list(declared["entry-points"]) == ["vllm.endpoint_plugins"]
     assert "entry-points" not in declared["dynamic"]
     groups = [group for group in entry_points().groups if group.startswith("vllm")]
-    assert [point for group in groups for point in entry_points(group=group) if "nnsight" in point.value] == []
+    ours = {(group, point.name) for group in groups for point in entry_points(group=group) if "nnsight" in point.value}
+    assert ours == {("vllm.endpoint_plugins", "nnsight_vllm")}
+    for named in (None, "", "another"):
+        if named is None:
+            monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_PLUGINS", named)
+        assert load_endpoint_plugins(("generate",)) == []
+    monkeypatch.setenv("VLLM_PLUGINS", "nnsight_vllm")
+    assert [plugin.name for plugin in load_endpoint_plugins(("generate",))] == ["nnsight_vllm"]

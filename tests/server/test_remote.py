@@ -275,8 +275,10 @@ def test_a_client_that_does_not_wait_ends_its_requests_in_the_engine(server: Toy
 
 
 INTERRUPTED = """
-    import sys
+    import signal, sys
     from nnsight_vllm import VLLM
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs behind it with SIGINT ignored
 
     with VLLM.connect(sys.argv[1]) as model:
         try:
