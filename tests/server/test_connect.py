@@ -175,7 +175,7 @@ def test_a_client_that_stops_waiting_frees_what_it_held(live: LiveServer) -> Non
         VLLM.connect(live.url, api_key=KEY, timeout=0.2) as impatient,
         pytest.raises(ConnectionFailed, match="in time"),
     ):
-        with impatient.trace(PROMPT, max_tokens=240, ignore_eos=True) as tracer:
+        with impatient.trace(PROMPT, max_tokens=240, ignore_eos=True, n=64) as tracer:  # seconds of work
             with tracer.all():
                 impatient.model.layers[0].output[0][:] *= 1.0
     with VLLM.connect(live.url, api_key=KEY) as patient:
