@@ -95,12 +95,16 @@ def _memory(rows: Mapping[str, Row]) -> list[str]:
     lines = [
         "## Memory",
         "",
-        "| engine | process | MB after the warm-up | MB at the end | requests |",
-        "|---|---|---|---|---|",
+        "In use: resident after the worker gave back what the C library held of freed pages.",
+        "",
+        "| engine | process | MB after the warm-up | MB at the end | in use after the warm-up | in use at the end | requests |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        first, last = row["megabytes"][0], row["megabytes"][-1]
-        lines += [f"| {name} | {role} | {first[role]} | {last[role]} | {row['num_requests']} |" for role in first]
+        points = [row["megabytes"][0], row["megabytes"][-1], *row["in_use"]]
+        for role in points[0]:
+            cells = " | ".join(str(point[role]) for point in points)
+            lines.append(f"| {name} | {role} | {cells} | {row['num_requests']} |")
     return [*lines, "", _foot(rows)]
 
 

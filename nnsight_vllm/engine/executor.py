@@ -254,7 +254,7 @@ class Executor:
 
     def stats(self) -> Stats:
         """What was run so far."""
-        counts, programs = self._grouped.counts, self.programs
+        counts, programs = self._grouped.nodes.counts, self.programs
         return Stats(
             batched=counts.batched,
             one_by_one=counts.one_by_one,
@@ -427,11 +427,13 @@ class Executor:
         name = group.site
         assert name is not None and self._step is not None
         site, layout = self._table.sites[name], group.layout(self._step, self._is_at_logits)
-        if (done := did_all(group, site, tensors, layout, self._grouped.has_kernels, self._max_saved)) is not None:
+        if (
+            done := did_all(group, site, tensors, layout, self._grouped.nodes.has_kernels, self._max_saved)
+        ) is not None:
             self._pass(group, done)
             return
         group.order = self._table.orders[name]
-        group.place = GroupPlace(name, site, tensors, layout, partial(self._grouped.blame, group))
+        group.place = GroupPlace(name, site, tensors, layout, partial(self._grouped.members.blame, group))
 
     def _visit(self, units: list[Unit], tensors: Tensors) -> dict[int, BaseException | None]:
         """Have those that do nothing but edit rows at their site do it together. Returns them by `id`, and what went wrong."""
@@ -465,7 +467,7 @@ class Executor:
         unit.order, unit.pc, unit.place = self._table.orders[done.site], done.stop, None
         for id in done.free:
             unit.env.pop(id, None)
-        self._grouped.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)
+        self._grouped.nodes.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)
 
     def _run_alone(self, request: Request, arrive: Callable[[], None]) -> None:
         def run() -> None:
