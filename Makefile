@@ -4,6 +4,8 @@
 # make bench-all  every benchmark               make bench-table  only the pages, from benchmarks/results
 # make fuzz    5,000 drawn scenarios of requests that come, meet, are evicted and aborted; other ones each time (an hour)
 # make fuzz-hostile  100,000 graphs as an enemy would write them, drawn and led by coverage (half an hour)
+# make soak    ten minutes of mixed load on a server, over HTTP
+# make bench-serving  our server beside stock `vllm serve`, by `vllm bench serve` (half an hour; nothing else should run)
 # make clean   remove what these made here (not the cache of the demo model)
 
 # A Python of your choice: make PYTHON=/path/to/python3.12 demo
@@ -16,7 +18,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: venv demo test fuzz fuzz-hostile check bench bench-all bench-table clean
+.PHONY: venv demo test fuzz fuzz-hostile soak check bench bench-all bench-serving bench-table clean
 
 venv: $(STAMP)
 
@@ -41,6 +43,9 @@ fuzz-hostile: $(STAMP)
 	$(RUN) tests/fuzz_hostile.py random 60000
 	if $(RUN) -c "import atheris"; then $(RUN) tests/fuzz_hostile.py atheris 40000; else $(RUN) tests/fuzz_hostile.py random 40000; fi
 
+soak: $(STAMP)
+	$(RUN) tests/soak.py $(ARGS)
+
 check: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -52,6 +57,10 @@ bench: $(STAMP)
 
 bench-all: $(STAMP)
 	for question in throughput growth tiny memory sweep; do $(RUN) benchmarks/$$question.py $(ARGS) || exit 1; done
+	$(RUN) benchmarks/table.py
+
+bench-serving: $(STAMP)
+	$(RUN) benchmarks/serving.py $(ARGS)
 	$(RUN) benchmarks/table.py
 
 bench-table: $(STAMP)

@@ -108,6 +108,21 @@ def _memory(rows: Mapping[str, Row]) -> list[str]:
     return [*lines, "", _foot(rows)]
 
 
+def _serving(rows: Mapping[str, Row]) -> list[str]:
+    from serving import cells_of  # it starts servers, which needs what the tests need
+
+    lines = [
+        "## Our server beside stock `vllm serve`",
+        "",
+        "`vllm bench serve`; ratios above one: more tokens a second, or less time, than stock.",
+        "",
+        "| case | measure | ours to stock | stock to itself | required |",
+        "|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(cells) + " |" for row in rows.values() for cells in cells_of(row)]
+    return [*lines, "", f"{_rounds(rows)} {_foot(rows)}"]
+
+
 def _sweep(rows: Mapping[str, Row]) -> list[str]:
     lines = [
         "## An activation-patching sweep",
@@ -147,6 +162,7 @@ _PARTS = {
     "growth": _growth,
     "tiny": _tiny,
     "memory": _memory,
+    "serving": _serving,
     "sweep": _sweep,
     "peer": _peer,
 }

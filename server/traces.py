@@ -18,7 +18,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.errors import IntegrityError, NNsightError
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.wire import digest
 from nnsight_vllm.remote.wire import FRAMES, MSGPACK, PREFIX, Described
@@ -69,6 +69,16 @@ async def show_stats(raw_request: Request) -> Response:
     """What the engine ran since it started, for all its users."""
     stats = await asyncio.to_thread(interventions_of(raw_request).engine.stats)
     return Response(msgspec.json.encode(stats), media_type="application/json")
+
+
+@router.get(f"{PREFIX}/integrity", responses=_ERRORS)
+async def show_integrity(raw_request: Request) -> dict[str, list[str]]:
+    """What the engine still holds of requests that have ended, which is a defect: a line each, and none if all is well."""
+    try:
+        await asyncio.to_thread(interventions_of(raw_request).engine.check_integrity)
+    except IntegrityError as error:
+        return {"leftovers": str(error).split("; ")}
+    return {"leftovers": []}
 
 
 @router.post(

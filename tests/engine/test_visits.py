@@ -103,7 +103,9 @@ def test_reads_saves_and_edits_keep_the_order_of_each_program(
     visited: list[int], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     if backend == "triton":
-        monkeypatch.setattr("nnsight_vllm.engine.batched_nodes.choose", lambda device: "triton")  # tables for plain edits too
+        monkeypatch.setattr(
+            "nnsight_vllm.engine.batched_nodes.choose", lambda device: "triton"
+        )  # tables for plain edits too
     requests = [(*(mixed(i) if i % 2 else chain(["add", "projected"], i)), 2) for i in range(6)]
     together, alone = (run(requests, 3, batching, 0) for batching in (True, False))
     for i in range(6):
