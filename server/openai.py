@@ -32,10 +32,10 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from nnsight_vllm.server.carried import Carried, current
 from nnsight_vllm.server.edited import EditedModel
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.schema import Intervention
+from nnsight_vllm.server.schema import Intervention, Judged
 from nnsight_vllm.server.state import interventions_of, tenant_of
 
-router = APIRouter()
+router = APIRouter(route_class=Judged)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
 
@@ -22,7 +21,6 @@ from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused
 from nnsight_vllm.server.limits import Concurrent, Limits
 from nnsight_vllm.server.results import ResultStore
-from nnsight_vllm.server.schema import answer_invalid
 from nnsight_vllm.server.state import Interventions
 from nnsight_vllm.server.tenants import Tenants
 from nnsight_vllm.server.tensors import TensorStore
@@ -54,7 +52,6 @@ class Plugin:
         for module in (openai, tensors, results, edited, traces):
             app.include_router(module.router, dependencies=[Depends(_hide_lines)])
         app.exception_handler(Refused)(answer_refused)
-        self._app = app
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Find out what the engine has, and stand between vLLM's handlers and it."""
@@ -63,7 +60,6 @@ class Plugin:
         loop, thread = asyncio.get_running_loop(), threading.current_thread()
         engine = await asyncio.to_thread(ServedEngine, engine_client, loop, thread, limits.stored_bytes_in_all)
         wrap(engine_client, "generate", generate_with_graphs)
-        self._app.exception_handler(RequestValidationError)(answer_invalid)
         state.interventions = Interventions(
             engine=engine,
             base_names=list(args.served_model_name or [args.model]),

@@ -6,16 +6,16 @@ Only shapes and types are judged here. What the model, the prompt's length and t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from starlette.responses import Response
-from vllm.entrypoints.serve.exception_handling.handlers.validation import validation_exception_handler
 
-from nnsight_vllm.server.errors import Refused, answer_refused
+from nnsight_vllm.server.errors import Refused
 
 MAX_ACTIONS = 1024  # edits, saves, positions of a list
 MAX_INLINE = 8 << 20  # characters of base64 in an inline tensor
@@ -239,13 +239,26 @@ class Intervention(Closed):
 # -- what is told where a body doesn't fit -------------------------------------------------------------------------------
 
 
-async def answer_invalid(request: Request, error: RequestValidationError) -> Response:
-    """FastAPI's handler: what is wrong in our field with a path into it, all else as vLLM tells it."""
-    found = [one for one in error.errors() if "intervention" in one["loc"]]
-    if found:
-        return await answer_refused(request, refusal_of(found[0], len(found) - 1))
-    response: Response = await validation_exception_handler(request, error)
-    return response
+class Judged(APIRoute):
+    """A route whose bodies may have our field: what is wrong in it is told with a path into it, all else as vLLM tells it.
+
+    Not an exception handler of the app: vLLM has one for the same error, and it closes the list before `init_state`.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's, with errors in our field told in our words."""
+        handle = super().get_route_handler()
+
+        async def judge(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                found = [one for one in error.errors() if "intervention" in one["loc"]]
+                if not found:
+                    raise
+                raise refusal_of(found[0], len(found) - 1) from error
+
+        return judge
 
 
 def refusal_of(error: dict[str, Any], num_more: int = 0) -> Refused:

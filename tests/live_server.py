@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
 ENGINE = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "32", "--seed", "0"]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 OURS = [sys.executable, "-m", "nnsight_vllm.server.cli", "serve"]
 STOCK = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
@@ -126,4 +127,5 @@ def serve_tiny(checkpoint: str, folder: Path) -> LiveServer:
     template = folder / "chat.jinja"
     template.write_text(CHAT_TEMPLATE)
     named = ("--served-model-name", "tiny", "--chat-template", str(template))
-    return LiveServer([checkpoint, *ENGINE, *named, "--tenants", str(tenants), "--edits-dir", str(folder / "edits")])
+    arguments = [checkpoint, *ENGINE, *named, "--tenants", str(tenants), "--edits-dir", str(folder / "edits")]
+    return LiveServer(arguments, environment=ENVIRONMENT)

@@ -68,6 +68,35 @@ def test_a_wrong_site_is_a_400_that_says_where(live: LiveServer) -> None:
     assert refused.json()["error"]["param"] == "intervention.edits[0].site"
 
 
+@pytest.mark.parametrize(
+    ("intervention", "param"),
+    [
+        ({"edits": [{"site": "model.layers.0.output[0]", "op": "explode"}]}, "intervention.edits[0].op"),
+        ({"sav": []}, "intervention.sav"),
+        ({"save": [{**LAST, "positions": [-1]}]}, "intervention.save[0].positions[0]"),
+    ],
+)
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses", "interventions/edits"])
+def test_a_field_of_another_shape_is_a_400_that_says_where(
+    live: LiveServer, route: str, intervention: dict[str, Any], param: str
+) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]},
+        "responses": {"model": "tiny", "input": "hello"},
+        "interventions/edits": {"name": "calm"},
+    }
+    refused = post(live, {**bodies.get(route, BODY), "intervention": intervention}, route)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == param
+    assert refused.json()["error"]["code"] == 400
+
+
+def test_another_field_of_another_shape_is_told_as_vllm_does(live: LiveServer) -> None:
+    refused = post(live, {**BODY, "temperature": "warm"})
+    assert refused.status_code == 400
+    assert "temperature" in refused.json()["error"]["param"]
+
+
 def test_a_tensor_is_its_tenants_own(live: LiveServer) -> None:
     steer = {"site": "model.layers.0.output[0]", "op": "add", "tensor": "nobodys"}
     refused = post(live, {**BODY, "intervention": {"edits": [steer]}})
