@@ -168,7 +168,8 @@ def _bench(url: str, checkpoint: str, seed: int, extra: dict[str, Any]) -> dict[
     parser: argparse.ArgumentParser = FlexibleArgumentParser()
     add_cli_args(parser)
     given = ["--base-url", url, "--model", NAME, "--tokenizer", checkpoint, "--dataset-name", "random"]
-    given += ["--random-input-len", "25", "--random-range-ratio", "0.6", "--random-output-len", str(NUM_TOKENS)]
+    given += ["--random-input-len", "25", "--random-range-ratio", json.dumps({"input": 0.6, "output": 0.0})]
+    given += ["--random-output-len", str(NUM_TOKENS)]
     given += ["--num-prompts", str(NUM_PROMPTS), "--max-concurrency", str(NUM_REQUESTS), "--seed", str(seed)]
     given += ["--ignore-eos", "--temperature", "0", "--disable-tqdm"]
     given += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "99"]
