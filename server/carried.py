@@ -6,6 +6,7 @@ for the answer, by choice.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.server import metrics
 from nnsight_vllm.server.answers import How, Told
 from nnsight_vllm.server.edited import EditedModel
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.errors import Failed, Refused
 from nnsight_vllm.server.schema import Intervention
 from nnsight_vllm.server.short import Lowered, lower
 from nnsight_vllm.server.state import Interventions
@@ -44,6 +45,32 @@ class Carried:
         self._intervention = intervention
         self._edited = edited
         self._num_choices = 0
+        self._ids: list[str] = []
+        self._failure = ""
+        self._whole: Lowered | None = None  # a graph that doesn't depend on the prompt
+
+    async def read(self) -> None:
+        """Read a whole graph once, on a thread: a large one takes a while. Raises `Refused`."""
+        if self._intervention is not None and self._intervention.graph is not None:
+            self._whole = await asyncio.to_thread(self._own, self._intervention, 0, None)
+
+    def entry(self, route: str) -> dict[str, object]:
+        """What the journal tells of it when it's over. `left`: its client went before the end."""
+        if self._failure:
+            outcome = self._failure
+        elif not self._num_choices:
+            outcome = "refused"
+        else:
+            over = sum(told.is_over for told in self.told.values())
+            outcome = "answered" if over == self._num_choices else "left"
+        return {
+            "id": ",".join(self._ids),
+            "route": route,
+            "tenant": self._tenant,
+            "edited": self._edited.name if self._edited else "",
+            "choices": self._num_choices,
+            "outcome": outcome,
+        }
 
     def require_run(self) -> None:
         """Raise `Refused` where an answer was made without the engine: it would pass for one of the edited model."""
@@ -63,6 +90,7 @@ class Carried:
         except NNsightError as error:
             raise refused(error) from error
         metrics.count_request(request.graphs)
+        self._ids.append(id)
         how = How(
             frozenset(name for name, saved in lowered.names.items() if saved.over_iterations)
             if lowered
@@ -77,6 +105,8 @@ class Carried:
         async with aclosing(heard_ones):
             async for heard in heard_ones:
                 if heard.failure is not None:
+                    metrics.count_failed(heard.failure.kind)
+                    self._failure = heard.failure.kind
                     raise failed(heard.failure)
                 self._tell(heard, how, first)
                 yield heard.output
@@ -101,8 +131,7 @@ class Carried:
             edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
         own = None
         if self._intervention is not None:
-            tree, most = self._state.engine.tree, self._state.limits.graph_nodes
-            own = lower(self._intervention, tree, rows, params.max_tokens, self._tensor_of, most)
+            own = self._whole or self._own(self._intervention, rows, params.max_tokens)
             tensors = {**tensors, **own.tensors}
         size, most_bytes = sum(map(len, tensors.values())), self._state.limits.constant_bytes
         if size > most_bytes:
@@ -118,6 +147,10 @@ class Carried:
             tenant=self._state.engine.tenant(self._tenant),
         )
         return request, tensors, own
+
+    def _own(self, intervention: Intervention, rows: int, max_tokens: int | None) -> Lowered:
+        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+        return lower(intervention, tree, rows, max_tokens, self._tensor_of, most)
 
     def _standing(self, edited: EditedModel, rows: int, max_tokens: int | None) -> Lowered:
         tree, most = self._state.engine.tree, self._state.limits.graph_nodes
@@ -153,14 +186,14 @@ def refused(error: NNsightError) -> Refused:
     return Refused(str(error), "intervention", kind=type(error).__name__)
 
 
-def failed(failure: Failure) -> Refused:
+def failed(failure: Failure) -> Failed:
     """A graph that failed while it ran, for a stranger."""
     if failure.retryable:
-        return Refused(
+        return Failed(
             f"{failure.message}; send the request again",
             "intervention",
             status=HTTPStatus.TOO_MANY_REQUESTS,
             kind=failure.kind,
             headers={"Retry-After": "1"},
         )
-    return Refused(f"the graph failed: {failure.message}", "intervention", kind=failure.kind)
+    return Failed(f"the graph failed: {failure.message}", "intervention", kind=failure.kind)

@@ -21,14 +21,16 @@ import msgspec
 import pydantic
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from nnsight_vllm.errors import EngineSettingError, UnknownEditError
 from nnsight_vllm.graph.wire import digest
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.bodies import read_body
+from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.schema import Closed, Intervention, refusal_of
 from nnsight_vllm.server.short import lower
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
-from nnsight_vllm.server.tensors import read_body
+from nnsight_vllm.server.tensors import Deleted
 
 router = APIRouter(tags=["interventions"])
 
@@ -178,8 +180,26 @@ class _New(Closed):
     intervention: Intervention
 
 
+class ToldModel(BaseModel):
+    """`model`: what clients call it. `tensors`: digests."""
+
+    name: str
+    model: str
+    tensors: list[str]
+
+
+class ShownModel(ToldModel):
+    intervention: Intervention
+
+
+class ToldModels(BaseModel):
+    data: list[ToldModel]
+
+
 @router.post(
-    _PATH, openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _NEW}}}}
+    _PATH,
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _NEW}}}},
+    responses={**documented(400, 404, 413, 429), 200: {"model": ToldModel}},
 )
 async def create_edited(raw_request: Request) -> JSONResponse:
     """Make `BASE:name` a model, in the place of an earlier one of that name. Its tensors are those of now."""
@@ -191,14 +211,14 @@ async def create_edited(raw_request: Request) -> JSONResponse:
     return JSONResponse(_told(state, model))
 
 
-@router.get(_PATH)
+@router.get(_PATH, responses={**documented(), 200: {"model": ToldModels}})
 async def list_edited(raw_request: Request) -> JSONResponse:
     """The tenant's edited models."""
     state = interventions_of(raw_request)
     return JSONResponse({"data": [_told(state, one) for one in state.edited.list(tenant_of(raw_request))]})
 
 
-@router.get(f"{_PATH}/{{name}}")
+@router.get(f"{_PATH}/{{name}}", responses={**documented(404), 200: {"model": ShownModel}})
 async def get_edited(name: str, raw_request: Request) -> JSONResponse:
     """One of them, with its intervention."""
     state = interventions_of(raw_request)
@@ -207,7 +227,7 @@ async def get_edited(name: str, raw_request: Request) -> JSONResponse:
     return JSONResponse({**_told(state, model), "intervention": intervention})
 
 
-@router.delete(f"{_PATH}/{{name}}")
+@router.delete(f"{_PATH}/{{name}}", responses={**documented(404), 200: {"model": Deleted}})
 async def delete_edited(name: str, raw_request: Request) -> JSONResponse:
     """Forget one. Requests that run keep it."""
     await asyncio.to_thread(interventions_of(raw_request).edited.delete, tenant_of(raw_request), name)

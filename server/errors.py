@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
-from nnsight_vllm.server import metrics
+from nnsight_vllm.server import journal, metrics
 
 
 class Refused(VLLMValidationError):
@@ -40,8 +42,23 @@ class Refused(VLLMValidationError):
         return {"error": error}
 
 
-async def answer_refused(_: Request, refused: Exception) -> JSONResponse:
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: a route's answers with these statuses have OpenAI's shape of errors."""
+    refused: dict[int | str, dict[str, Any]] = {
+        s: {"model": ErrorResponse, "description": HTTPStatus(s).phrase} for s in statuses
+    }
+    return {int(HTTPStatus.UNAUTHORIZED): {"description": "No key, or a wrong one."}, **refused}
+
+
+class Failed(Refused):
+    """The engine took the request, and its graph failed while it ran."""
+
+
+async def answer_refused(raw_request: Request, refused: Exception) -> JSONResponse:
     """FastAPI's handler of `Refused`."""
     assert isinstance(refused, Refused)
-    metrics.count_rejected(refused.kind)
+    if not isinstance(refused, Failed):
+        metrics.count_rejected(refused.kind)
+        where = {"id": journal.asked_id(raw_request), "route": raw_request.scope["route"].path}
+        journal.write({**where, "outcome": refused.kind, "status": int(refused.status), "param": refused.param or ""})
     return JSONResponse(refused.body(), status_code=int(refused.status), headers=refused.headers)

@@ -9,8 +9,9 @@ import msgspec
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
-from nnsight_vllm.graph.walk import blocks_of, constants_of, nodes_of
+from nnsight_vllm.graph.walk import constants_of, count_nodes, nodes_of
 from nnsight_vllm.graph.wire import from_json
+from nnsight_vllm.server import metrics
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.schema import Intervention
 from nnsight_vllm.server.sent import Sent
@@ -39,7 +40,7 @@ def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: in
     param = "intervention.graph"
     try:
         graph = from_json(msgspec.json.encode(intervention.graph))
-        count_nodes(graph, max_nodes, param)
+        require_size(graph, max_nodes, param)  # before the check, whose time grows with it
         check(graph, tree.catalogue)
     except NNsightError as error:
         raise refused_at(error, param) from None
@@ -60,15 +61,12 @@ def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: in
     return Lowered(graph, sent.used, {name: Saved(over, name in streamed) for name, over in lists.items()})
 
 
-def count_nodes(graph: Graph, most: int, param: str) -> None:
-    """Refuse too many nodes. Without recursion, and before the check, whose time grows with them."""
-    due, found = [graph.body], 0
-    while due:
-        block = due.pop()
-        found += len(block.nodes)
-        if found > most:
-            raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
-        due += [inner for node in block.nodes for inner in blocks_of(node)]
+def require_size(graph: Graph, most: int, param: str) -> None:
+    """Count its nodes. Raises `Refused` for too many."""
+    found = count_nodes(graph, most)
+    if found > most:
+        raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
+    metrics.count_nodes(found)
 
 
 def _names_of(graph: Graph) -> dict[str, bool]:

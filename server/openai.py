@@ -26,12 +26,12 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.api_router import models
 from vllm.entrypoints.openai.responses import api_router as responses
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from nnsight_vllm.server import journal
 from nnsight_vllm.server.carried import Carried, current
 from nnsight_vllm.server.edited import EditedModel
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.schema import Intervention, Judged
 from nnsight_vllm.server.state import interventions_of, tenant_of
 
@@ -39,10 +39,7 @@ router = APIRouter(route_class=Judged)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
-    **{
-        status.value: {"model": ErrorResponse}
-        for status in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
-    },
+    **documented(400, 404, 413, 429),
 }
 _FIELD = Field(default=None, description="What to read and edit while this request runs.")
 
@@ -115,8 +112,10 @@ async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
     is_taken = False
     running = ExitStack()
     running.enter_context(state.concurrent.enter(tenant))
+    running.callback(journal.timed(lambda: carried.entry(raw_request.url.path)))
     current.set(carried)  # for all that this request still does: some handlers only call the engine while they stream
     try:
+        await carried.read()
         response = await route(request, raw_request)
         if isinstance(response, StreamingResponse):
             response.body_iterator = _events_with(carried, response.body_iterator, named if edited else None)

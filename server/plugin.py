@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -15,7 +16,7 @@ from starlette.datastructures import State
 from nnsight_vllm.engine.compat import wrap
 from nnsight_vllm.engine.served import ServedEngine
 from nnsight_vllm.errors import EngineSettingError
-from nnsight_vllm.server import edited, openai, results, tensors, traces
+from nnsight_vllm.server import edited, metrics, openai, results, tensors, traces
 from nnsight_vllm.server.carried import generate_with_graphs
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused
@@ -33,6 +34,12 @@ async def _hide_lines() -> None:
     hide_lines()
 
 
+def _first(route: APIRoute, call: Callable[..., Awaitable[None]]) -> None:
+    """Have a route of vLLM's call this before it answers."""
+    found = get_parameterless_sub_dependant(depends=Depends(call), path=route.path_format)
+    route.dependant.dependencies.insert(0, found)
+
+
 class Plugin:
     """What vLLM makes of the entry point."""
 
@@ -45,10 +52,12 @@ class Plugin:
             raise EngineSettingError(
                 "interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes"
             )
+        refresh = metrics.Refresh(lambda: app.state.interventions.engine.stats())
         for route in app.routes:
             if isinstance(route, APIRoute) and "POST" in route.methods:
-                refusing = get_parameterless_sub_dependant(depends=Depends(openai.refuse_field), path=route.path_format)
-                route.dependant.dependencies.insert(0, refusing)
+                _first(route, openai.refuse_field)
+            elif isinstance(route, APIRoute) and route.path == "/metrics":
+                _first(route, refresh)
         for module in (openai, tensors, results, edited, traces):
             app.include_router(module.router, dependencies=[Depends(_hide_lines)])
         app.exception_handler(Refused)(answer_refused)

@@ -13,9 +13,10 @@ from nnsight_vllm.engine.compat import FIELD
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Graph
-from nnsight_vllm.graph.walk import blocks_of, constants_of
+from nnsight_vllm.graph.walk import constants_of, count_nodes
 from nnsight_vllm.graph.wire import decode, digest
 from nnsight_vllm.remote.wire import MISSING, Asked, Prepared, SentRequest, SentTrace, Settled
+from nnsight_vllm.server import metrics
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.links import Linked, check_links
 from nnsight_vllm.trace.backend import Prompt, Request
@@ -91,22 +92,15 @@ class Received:
                 param = f"requests[{i}].{name}"
                 try:
                     graph = decode(data)
-                    num_nodes += self._num_nodes(graph, param)
+                    one = count_nodes(graph, self._limits.graph_nodes)  # before the check, whose time grows with them
+                    self._limit("nodes in a graph", one, self._limits.graph_nodes, param)
+                    num_nodes += one
                     self._limit("nodes in graphs that differ", num_nodes, self._limits.trace_nodes, param)
                     check(graph, self._engine.tree.catalogue)
                 except NNsightError as error:
                     raise _refused(error, param) from None
                 found[data] = graph
-        return found
-
-    def _num_nodes(self, graph: Graph, param: str) -> int:
-        """Counted before the check, whose time grows with them, and without recursion."""
-        due, found = [graph.body], 0
-        while due:
-            block = due.pop()
-            found += len(block.nodes)
-            self._limit("nodes in a graph", found, self._limits.graph_nodes, param)
-            due += [inner for node in block.nodes for inner in blocks_of(node)]
+        metrics.count_nodes(num_nodes)
         return found
 
     def _tensors(self, sent: Mapping[str, bytes], needed: set[str]) -> dict[str, bytes]:

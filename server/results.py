@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.background import BackgroundTask
 
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.state import interventions_of, tenant_of
 
 router = APIRouter(tags=["interventions"])
@@ -80,7 +80,14 @@ class ResultStore:
             self._kept[tenant] = {id: one for id, one in kept.items() if one.until > now}
 
 
-@router.api_route("/v1/interventions/results/{id}", methods=["GET", "HEAD"])
+_BYTES = {"content": {_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+@router.api_route(
+    "/v1/interventions/results/{id}",
+    methods=["GET", "HEAD"],
+    responses={**documented(404, 416), 200: _BYTES, 206: {**_BYTES, "description": "The range that was asked for."}},
+)
 async def get_result(id: str, raw_request: Request) -> Response:
     """Safetensors bytes with one tensor named `tensor`. A whole answer ends its life; one of a range doesn't."""
     store, tenant = interventions_of(raw_request).results, tenant_of(raw_request)

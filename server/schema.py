@@ -15,7 +15,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from starlette.responses import Response
 
+from nnsight_vllm.server.bodies import read_body, replayed
 from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.state import interventions_of
 
 MAX_ACTIONS = 1024  # edits, saves, positions of a list
 MAX_INLINE = 8 << 20  # characters of base64 in an inline tensor
@@ -242,6 +244,8 @@ class Intervention(Closed):
 class Judged(APIRoute):
     """A route whose bodies may have our field: what is wrong in it is told with a path into it, all else as vLLM tells it.
 
+    A body that is too long is given up before it's read.
+
     Not an exception handler of the app: vLLM has one for the same error, and it closes the list before `init_state`.
     """
 
@@ -250,8 +254,9 @@ class Judged(APIRoute):
         handle = super().get_route_handler()
 
         async def judge(request: Request) -> Response:
+            body = await read_body(request, interventions_of(request).limits.body_bytes)
             try:
-                return await handle(request)
+                return await handle(Request(request.scope, replayed(body, request.receive)))
             except RequestValidationError as error:
                 found = [one for one in error.errors() if "intervention" in one["loc"]]
                 if not found:

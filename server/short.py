@@ -24,7 +24,7 @@ from nnsight_vllm.graph.nodes import Save
 from nnsight_vllm.graph.walk import constants_of
 from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.full import Lowered, Saved, count_nodes, lower_full, refused_at
+from nnsight_vllm.server.full import Lowered, Saved, lower_full, refused_at, require_size
 from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, refuse_many, stretches
 from nnsight_vllm.server.schema import (
     Ablate,
@@ -147,7 +147,7 @@ class _Recording:
             self._block(block, actions)
         try:
             graph = self._recorder.graph()
-            count_nodes(graph, self._max_nodes, "intervention")
+            require_size(graph, self._max_nodes, "intervention")
             check(graph, self._tree.catalogue)
         except NNsightError as error:
             raise refused_at(error, "intervention") from None

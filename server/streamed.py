@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from http import HTTPStatus
-from typing import TYPE_CHECKING
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -15,21 +14,16 @@ from nnsight_vllm.errors import InterventionError, NNsightError
 from nnsight_vllm.remote.wire import FRAMES, Broken
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.told import answered, encode_frame, noticed
-from nnsight_vllm.trace.backend import Request
 from nnsight_vllm.trace.events import Notice, Run
-
-if TYPE_CHECKING:
-    from nnsight_vllm.engine.served import ServedEngine
+from nnsight_vllm.trace.events import Receive as Listen
 
 
 class Streamed(StreamingResponse):
     """Runs the requests when it is sent; a client that goes ends them. `held` is given back at its end."""
 
-    def __init__(
-        self, engine: ServedEngine, requests: list[Request], tensors: dict[str, bytes], held: ExitStack
-    ) -> None:
+    def __init__(self, start: Callable[[Listen], Run], held: ExitStack) -> None:
         self._held = held
-        self._frames = _frames(engine, requests, tensors)
+        self._frames = _frames(start)
         super().__init__(self._frames, media_type=FRAMES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,16 +41,14 @@ def not_run(error: NNsightError) -> Refused:
     return Refused(str(error), "requests", kind=type(error).__name__)
 
 
-async def _frames(
-    engine: ServedEngine, requests: list[Request], tensors: dict[str, bytes]
-) -> AsyncGenerator[bytes, None]:
+async def _frames(start: Callable[[Listen], Run]) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
     notices: asyncio.Queue[Notice | None] = asyncio.Queue()
 
     def receive(notice: Notice | None) -> None:
         loop.call_soon_threadsafe(notices.put_nowait, notice)
 
-    run = engine.start(requests, tensors, receive)
+    run = start(receive)
     run.outcomes.add_done_callback(lambda _: receive(None))
     is_over = False
     try:

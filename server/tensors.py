@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.bodies import read_body
+from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.received import check_tensor
 from nnsight_vllm.server.state import interventions_of, tenant_of
 
@@ -100,7 +102,36 @@ class TensorStore:
             ]
 
 
-@router.put(f"{_PATH}/{{sha256}}", openapi_extra={"requestBody": _BINARY})
+class Deleted(BaseModel):
+    deleted: bool
+
+
+class StoredTensor(BaseModel):
+    """`dtype` as safetensors calls it."""
+
+    digest: str
+    bytes: int
+    dtype: str
+    shape: list[int]
+
+
+class PutTensor(StoredTensor):
+    name: str | None
+
+
+class ListedTensor(StoredTensor):
+    names: list[str]
+
+
+class ListedTensors(BaseModel):
+    data: list[ListedTensor]
+
+
+@router.put(
+    f"{_PATH}/{{sha256}}",
+    openapi_extra={"requestBody": _BINARY},
+    responses={**documented(400, 413, 429), 200: {"model": PutTensor}},
+)
 async def put_tensor(
     sha256: str,
     raw_request: Request,
@@ -119,36 +150,17 @@ async def put_tensor(
     return JSONResponse({"digest": sha256, "name": name, "bytes": len(data), **_header(data)})
 
 
-@router.get(_PATH)
+@router.get(_PATH, responses={**documented(), 200: {"model": ListedTensors}})
 async def list_tensors(raw_request: Request) -> JSONResponse:
     """The tenant's tensors."""
     return JSONResponse({"data": interventions_of(raw_request).tensors.list(tenant_of(raw_request))})
 
 
-@router.delete(f"{_PATH}/{{reference}}")
+@router.delete(f"{_PATH}/{{reference}}", responses={**documented(404), 200: {"model": Deleted}})
 async def delete_tensor(reference: str, raw_request: Request) -> JSONResponse:
     """Forget a tensor, by digest or name. What was made of it stays."""
     interventions_of(raw_request).tensors.delete(tenant_of(raw_request), reference)
     return JSONResponse({"deleted": True})
-
-
-async def read_body(raw_request: Request, most: int) -> bytes:
-    """The whole body. Raises `Refused` as soon as it has more than `most` bytes."""
-    told = raw_request.headers.get("content-length", "")
-    size = int(told) if told.isascii() and told.isdigit() else 0
-    data = bytearray()
-    if size <= most:
-        async for part in raw_request.stream():
-            data += part
-            if (size := len(data)) > most:
-                break
-    if size > most:
-        raise Refused(
-            f"the body has {size} bytes or more; the limit is {most}",
-            status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            kind="AdmissionError",
-        )
-    return bytes(data)
 
 
 def _check(digest: str, data: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+from concurrent.futures import Future
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
@@ -20,21 +21,24 @@ from fastapi.responses import JSONResponse, Response
 
 from nnsight_vllm.errors import IntegrityError, NNsightError
 from nnsight_vllm.graph.nodes import VERSION
+from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.wire import digest
-from nnsight_vllm.remote.wire import FRAMES, MSGPACK, PREFIX, Described
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.remote.wire import FRAMES, MSGPACK, PREFIX, Described, Prepared
+from nnsight_vllm.server import journal, metrics
+from nnsight_vllm.server.bodies import read_body
+from nnsight_vllm.server.errors import Refused, documented
+from nnsight_vllm.server.limits import Limits
 from nnsight_vllm.server.received import Missing, Received
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
 from nnsight_vllm.server.streamed import Streamed, not_run
-from nnsight_vllm.server.tensors import read_body
 from nnsight_vllm.server.told import encode_outcomes
 from nnsight_vllm.trace.backend import Outcome
+from nnsight_vllm.trace.events import Receive, Run
 from nnsight_vllm.trace.tree import Tree
 
 router = APIRouter(tags=["interventions"])
 
-_ERROR = {"description": "Refused, in OpenAI's shape of errors."}
-_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 409, 412, 413, 429, 503)}
+_ERRORS = documented(400, 409, 412, 413, 429, 503)
 _ASKED = {
     "type": "object",
     "additionalProperties": False,
@@ -44,11 +48,27 @@ _ASKED = {
     },
 }
 _descriptions: WeakKeyDictionary[Tree, bytes] = WeakKeyDictionary()  # a large model's takes milliseconds
+
+
+def _schema_of(kind: type) -> Any:
+    """A message's schema, with what it refers to in it."""
+    (schema,), parts = msgspec.json.schema_components([kind])
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, dict) and "$ref" in part:
+            return whole(parts[part["$ref"].rpartition("/")[2]])
+        if isinstance(part, dict):
+            return {key: whole(one) for key, one in part.items()}
+        return [whole(one) for one in part] if isinstance(part, list) else part
+
+    return whole(schema)
+
+
 _GONE = 499
 """The status that nobody reads, since the client has gone."""
 
 
-@router.get(f"{PREFIX}/model")
+@router.get(f"{PREFIX}/model", responses={**documented(), 304: {"description": "The model of `If-None-Match`."}})
 async def describe_model(raw_request: Request) -> Response:
     """Modules in the model's order, sites in the order in which they fire, with shapes. The ETag changes with the model."""
     content = _described(interventions_of(raw_request))
@@ -58,20 +78,23 @@ async def describe_model(raw_request: Request) -> Response:
     return Response(content, media_type="application/json", headers={"ETag": tag})
 
 
-@router.get(f"{PREFIX}/limits")
+@router.get(f"{PREFIX}/limits", responses={**documented(), 200: {"model": Limits}})
 async def show_limits(raw_request: Request) -> JSONResponse:
     """What a request with graphs may have at most; each limit is a flag of the server."""
     return JSONResponse(dataclasses.asdict(interventions_of(raw_request).limits))
 
 
-@router.get(f"{PREFIX}/stats", responses=_ERRORS)
+@router.get(
+    f"{PREFIX}/stats",
+    responses={**documented(503), 200: {"content": {"application/json": {"schema": _schema_of(Stats)}}}},
+)
 async def show_stats(raw_request: Request) -> Response:
     """What the engine ran since it started, for all its users."""
     stats = await asyncio.to_thread(interventions_of(raw_request).engine.stats)
     return Response(msgspec.json.encode(stats), media_type="application/json")
 
 
-@router.get(f"{PREFIX}/integrity", responses=_ERRORS)
+@router.get(f"{PREFIX}/integrity", responses=documented(503))
 async def show_integrity(raw_request: Request) -> dict[str, list[str]]:
     """What the engine still holds of requests that have ended, which is a defect: a line each, and none if all is well."""
     try:
@@ -83,7 +106,7 @@ async def show_integrity(raw_request: Request) -> dict[str, list[str]]:
 
 @router.post(
     f"{PREFIX}/prepare",
-    responses=_ERRORS,
+    responses={**_ERRORS, 200: {"content": {"application/json": {"schema": _schema_of(Prepared)}}}},
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ASKED}}}},
 )
 async def prepare(raw_request: Request) -> Response:
@@ -122,12 +145,34 @@ async def trace(raw_request: Request) -> Response:
             error: Any = missing.body()
             error["error"]["tensors"] = missing.digests
             return JSONResponse(error, status_code=int(missing.status))
+
+        def start(receive: Receive | None = None) -> Run:
+            for request in requests:
+                metrics.count_request(request.graphs)
+            run = state.engine.start(requests, tensors, receive)
+            where = {"id": journal.asked_id(raw_request), "route": raw_request.url.path, "tenant": tenant}
+            tell = journal.timed(lambda: {**where, "requests": len(requests), "outcome": _ended(run.outcomes)})
+            run.outcomes.add_done_callback(lambda _: tell())
+            return run
+
         if FRAMES in raw_request.headers.get("accept", ""):
-            return Streamed(state.engine, requests, tensors, held.pop_all())
-        outcomes = await _outcomes(state.engine.start(requests, tensors), raw_request)
+            return Streamed(start, held.pop_all())
+        outcomes = await _outcomes(start(), raw_request)
         if outcomes is None:
             return Response(status_code=_GONE)
         return Response(await asyncio.to_thread(encode_outcomes, outcomes), media_type=MSGPACK)
+
+
+def _ended(outcomes: Future[list[Outcome]]) -> str:
+    """How a trace ended, in a word. Failures are counted."""
+    if outcomes.cancelled():
+        return "left"
+    if (error := outcomes.exception()) is not None:
+        return type(error).__name__
+    failures = [sample.failure for outcome in outcomes.result() for sample in outcome.samples if sample.failure]
+    for failure in failures:
+        metrics.count_failed(failure.kind)
+    return failures[0].kind if failures else "answered"
 
 
 async def _outcomes(run: Any, raw_request: Request) -> list[Outcome] | None:

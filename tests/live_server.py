@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
 ENGINE = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "32", "--seed", "0"]
+ENGINE += ["--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 OURS = [sys.executable, "-m", "nnsight_vllm.server.cli", "serve"]
 STOCK = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
@@ -120,12 +121,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve_tiny(checkpoint: str, folder: Path) -> LiveServer:
-    """`nnsight-vllm serve` on a tiny checkpoint, with the keys `KEYS`; `folder` is for its files."""
+def serve_tiny(checkpoint: str, folder: Path, *more: str, log_level: str = "ERROR") -> LiveServer:
+    """`nnsight-vllm serve` on a tiny checkpoint, with the keys `KEYS`; `folder` is for its files, `more` goes to its command line."""
     tenants = folder / "tenants.toml"
     tenants.write_text("".join(f'{name} = ["{key}"]\n' for name, key in KEYS.items()))
     template = folder / "chat.jinja"
     template.write_text(CHAT_TEMPLATE)
     named = ("--served-model-name", "tiny", "--chat-template", str(template))
     arguments = [checkpoint, *ENGINE, *named, "--tenants", str(tenants), "--edits-dir", str(folder / "edits")]
-    return LiveServer(arguments, environment=ENVIRONMENT)
+    return LiveServer([*arguments, *more], environment={**ENVIRONMENT, "VLLM_LOGGING_LEVEL": log_level})

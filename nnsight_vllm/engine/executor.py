@@ -42,6 +42,7 @@ from nnsight_vllm.engine.sites import Site
 from nnsight_vllm.engine.spending import Holdings
 from nnsight_vllm.engine.store import Store
 from nnsight_vllm.engine.tables import Tables
+from nnsight_vllm.engine.tally import Tally
 from nnsight_vllm.engine.taps import Handler, Tensors
 from nnsight_vllm.engine.visits import Visits, due
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
@@ -89,6 +90,7 @@ class Executor:
         self._ended: set[Parts] = set()  # those of them that ended in this step
         self._tables = Tables(device)
         self._visits = Visits(device)
+        self._tally = Tally()
         self.exports = Exports(limits.request, limits.engine)
         holdings = Holdings(limits, lambda: measure(self._units()))
         self._interpreter = Interpreter(table.orders, table.calls, device, self.exports, limits, holdings)
@@ -148,6 +150,7 @@ class Executor:
 
     def begin_step(self, step: Step) -> None:
         """A forward is about to start over these requests' rows."""
+        self._tally.start()
         self._step = step
         self._is_at_logits = False
         self._interpreter.step += 1
@@ -164,6 +167,7 @@ class Executor:
             elif index is not None:
                 ready += self._begin(request, index, step)
         self._go_on(ready, step)
+        self._tally.pause()
 
     def enter_logits(self) -> None:
         """From here on each request has one row, its last token's."""
@@ -171,6 +175,7 @@ class Executor:
 
     def at_tap(self, tap: int, tensors: Tensors) -> None:
         """The model is at a tap: run whoever waits for a site on it. Never raises."""
+        self._tally.start()
         self._active_pop(tap)
         while tap in self._waiting:
             units = self._due(tap)
@@ -184,6 +189,7 @@ class Executor:
                     self._run_alone(unit, leave or partial(self._arrive, unit, tensors))
                     self._await(unit)
             self._active_pop(tap)
+        self._tally.pause()
 
     def leave_logits(self) -> None:
         """The model is done and the logits are there: only the drawn token is still to come."""
@@ -209,6 +215,7 @@ class Executor:
 
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
+        self._tally.start()
         units: list[Unit] = [*self._alone.values(), *self._prefill.pieces, *self._groups]
         for unit in units:
             if isinstance(unit, Group) or (self._step is not None and unit.id in self._step.index):
@@ -221,6 +228,7 @@ class Executor:
         self._prefill.forget(self._groups)
         self._close_ended()
         self._clear_step()
+        self._tally.end_step(sent.num_bytes)
         if self._interrupt is not None:
             interrupt, self._interrupt = self._interrupt, None
             raise interrupt
@@ -266,6 +274,11 @@ class Executor:
             exported=self.exports.num_made,
             imported=self.exports.num_drawn,
             num_kept=len(self.exports),
+            steps_within=list(self._tally.steps_within),
+            seconds=self._tally.seconds,
+            saved_bytes=self._tally.saved_bytes,
+            table_lines=self._tables.num_lines,
+            table_bytes=self._tables.num_bytes,
         )
 
     def _units(self) -> list[Unit]:

@@ -46,6 +46,12 @@ class Messages:
         """One more message of a request."""
         self.single[id] = joined(self.single.get(id), message)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all messages."""
+        single = sum(message.nbytes for message in self.single.values())
+        return single + sum(lines.nbytes for _, lines in self.together)
+
     def packed(self, index: Mapping[str, int]) -> Packed:
         """For the journey; `index`: places in the batch by request."""
         places = [(index[id], message) for id, message in self.single.items()]

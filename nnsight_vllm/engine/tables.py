@@ -114,6 +114,11 @@ class Tables:
         return sum(len(table) for table in self._tables.values())
 
     @property
+    def num_bytes(self) -> int:
+        """What the buffers occupy, free lines included."""
+        return sum(column.nbytes for table in self._tables.values() for column in table.columns.values())
+
+    @property
     def num_users(self) -> int:
         return sum(table.num_users for table in self._tables.values())
 

@@ -57,6 +57,10 @@ class Sheet(Struct, frozen=True):
     data: memoryview
 
 
+STEP_SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Bounds of the classes in which `Stats` counts steps."""
+
+
 class Stats(Struct, frozen=True):
     """What an engine ran since it started.
 
@@ -66,6 +70,10 @@ class Stats(Struct, frozen=True):
     `program_misses` count requests whose program was there already, or not. `restarted`: how often a request was run again
     because the engine had evicted it. `exported` counts values that requests kept for others, `imported` their uses;
     `num_kept` values wait for a use now.
+
+    `steps_within` counts steps with graphs by the time that their programs took: up to the first of `STEP_SECONDS`, the
+    second, ..., above the last; `seconds` of all of them. `saved_bytes` were sent home. `table_lines`: edits that the kernels' tables hold
+    now, `table_bytes` what these tables occupy.
     """
 
     batched: int = 0
@@ -79,6 +87,11 @@ class Stats(Struct, frozen=True):
     exported: int = 0
     imported: int = 0
     num_kept: int = 0
+    steps_within: list[int] = []
+    seconds: float = 0.0
+    saved_bytes: int = 0
+    table_lines: int = 0
+    table_bytes: int = 0
 
 
 class Failure(Struct, frozen=True):

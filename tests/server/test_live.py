@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import time
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 from live_server import KEYS, LiveServer
+from safetensors.torch import load, save
 
 HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
@@ -155,3 +157,61 @@ def test_a_client_that_goes_away_in_mid_stream_leaves_the_server_as_it_was(live:
             return
         time.sleep(0.2)
     raise AssertionError(f"still running, by vLLM and by us: {left}")
+
+
+def test_another_tenants_cached_rows_are_not_used(live: LiveServer) -> None:
+    prompt = [5 + i % 90 for i in range(180)]
+    edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": 1.75}
+    body = {**BODY, "prompt": prompt, "intervention": {"edits": [edit], "save": [LAST]}}
+
+    def cached(tenant: str, body: dict[str, Any]) -> int:
+        headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
+        answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        details = answer.json()["usage"]["prompt_tokens_details"]
+        return int(details["cached_tokens"] or 0) if details else 0
+
+    assert cached("alice", body) == 0
+    assert cached("alice", body) > 0  # her own are
+    assert cached("bob", body) == 0
+    assert cached("bob", body) > 0
+    assert cached("alice", {**BODY, "prompt": prompt}) == 0  # nor are edited rows a plain request's
+
+
+def test_a_large_result_is_fetched_once_by_its_tenant(live: LiveServer) -> None:
+    whole = {"name": "all", "site": "model.layers.1.output[0]", "positions": "prompt"}
+    body = {**BODY, "prompt": [5 + i % 90 for i in range(200)], "intervention": {"save": [whole]}}
+    told = post(live, body).json()["choices"][0]["intervention"]["saved"]["all"]
+    assert told["shape"] == [200, 128] and "data" not in told
+    url = f"{live.url}{told['href']}"
+    assert httpx.get(url, headers={"Authorization": f"Bearer {KEYS['bob']}"}, timeout=60).status_code == 404
+    fetched = httpx.get(url, headers=HEADERS, timeout=60)
+    assert fetched.status_code == 200
+    assert load(fetched.content)["tensor"].shape == (200, 128)
+    assert httpx.get(url, headers=HEADERS, timeout=60).status_code == 404
+
+
+def test_tensors_and_edited_models_are_a_tenants_own(live: LiveServer) -> None:
+    data = save({"tensor": torch.ones(128)})
+    digest = hashlib.sha256(data).hexdigest()
+    bob = {"Authorization": f"Bearer {KEYS['bob']}"}
+    url = f"{live.url}/v1/interventions"
+    httpx.put(f"{url}/tensors/{digest}", params={"name": "mine"}, content=data, headers=HEADERS).raise_for_status()
+    edit = {"site": "model.layers.0.output[0]", "op": "add", "tensor": "mine"}
+    made = {"name": "hers", "intervention": {"edits": [edit]}}
+    httpx.post(f"{url}/edits", json=made, headers=HEADERS, timeout=60).raise_for_status()
+    try:
+        for reference in ("mine", digest):
+            steer = {**BODY, "intervention": {"edits": [{**edit, "tensor": reference}]}}
+            assert post(live, steer).status_code == 200
+            refused = httpx.post(f"{live.url}/v1/completions", json=steer, headers=bob, timeout=60)
+            assert refused.status_code == 404
+        named = {**BODY, "model": "tiny:hers"}
+        assert post(live, named).status_code == 200
+        assert httpx.post(f"{live.url}/v1/completions", json=named, headers=bob, timeout=60).status_code == 404
+        assert httpx.get(f"{url}/edits", headers=bob, timeout=60).json()["data"] == []
+        assert httpx.delete(f"{url}/edits/hers", headers=bob, timeout=60).status_code == 404
+        assert "tiny:hers" not in httpx.get(f"{live.url}/v1/models", headers=bob, timeout=60).text
+    finally:
+        httpx.delete(f"{url}/edits/hers", headers=HEADERS, timeout=60)
+        httpx.delete(f"{url}/tensors/{digest}", headers=HEADERS, timeout=60)

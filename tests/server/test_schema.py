@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from nnsight_vllm.server.errors import Refused, answer_refused
+from nnsight_vllm.server.limits import Limits
 from nnsight_vllm.server.schema import OPERATIONS, Intervention, Judged, PositionRange
 
 
@@ -23,6 +25,7 @@ def client() -> TestClient:
     app = FastAPI()
     app.router.route_class = Judged
     app.exception_handler(Refused)(answer_refused)
+    app.state.interventions = SimpleNamespace(limits=Limits())
 
     @app.post("/")
     def post(body: Body) -> dict[str, object]:
