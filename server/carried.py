@@ -44,7 +44,9 @@ class Carried:
         self._tenant = tenant
         self._intervention = intervention
         self._edited = edited
+        self.refusal: Refused | None = None
         self._num_choices = 0
+        self._num_due = 0  # prompts that weren't judged yet
         self._ids: list[str] = []
         self._failure = ""
         self._whole: Lowered | None = None  # a graph that doesn't depend on the prompt
@@ -79,16 +81,28 @@ class Carried:
                 "this request was answered without running the model, and so without its intervention", "intervention"
             )
 
+    @property
+    def is_admitted(self) -> bool:
+        """Whether all prompts that came so far were judged: taken, or one of them refused."""
+        return self.refusal is not None or (self._num_choices > 0 and self._num_due == 0)
+
     def generate(
         self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's `generate` with the graphs. Raises `Refused` at once, while the answer can still be an error."""
+        """vLLM's `generate` with the graphs. A refusal is raised by its first step, and is in `refusal`."""
         first, self._num_choices = self._num_choices, self._num_choices + params.n
-        request, tensors, lowered = self._lowered(prompt, params)
+        self._num_due += 1
+        return self._generated(generate, prompt, params, id, first)
+
+    async def _generated(
+        self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str, first: int
+    ) -> AsyncGenerator[Any, None]:
         try:
-            self._state.engine.admit(request, tensors)
-        except NNsightError as error:
-            raise refused(error) from error
+            request, tensors, lowered = await asyncio.to_thread(self._taken, prompt, params)
+        except Refused as error:
+            self.refusal = error
+            raise
+        self._num_due -= 1
         metrics.count_request(request.graphs)
         self._ids.append(id)
         how = How(
@@ -99,10 +113,7 @@ class Carried:
             self._state.limits.inline_result_bytes,
             self._keep,
         )
-        return self._through(self._state.engine.carried(generate, id, request, tensors), how, first)
-
-    async def _through(self, heard_ones: Any, how: How, first: int) -> AsyncGenerator[Any, None]:
-        async with aclosing(heard_ones):
+        async with aclosing(self._state.engine.carried(generate, id, request, tensors)) as heard_ones:
             async for heard in heard_ones:
                 if heard.failure is not None:
                     metrics.count_failed(heard.failure.kind)
@@ -118,6 +129,15 @@ class Carried:
             told = self.told.setdefault(first + completion.index, Told(how))
             told.is_over = completion.finish_reason is not None
             told.is_stopped = completion.index in heard.stopped
+
+    def _taken(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
+        """On a thread, since a large graph takes seconds. Raises `Refused`."""
+        request, tensors, lowered = self._lowered(prompt, params)
+        try:
+            self._state.engine.admit(request, tensors)
+        except NNsightError as error:
+            raise refused(error) from error
+        return request, tensors, lowered
 
     def _lowered(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
         if not isinstance(prompt, Mapping) or prompt.get("type") != "token":

@@ -7,7 +7,7 @@ into the chunks of a stream.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any
@@ -118,12 +118,15 @@ async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
         await carried.read()
         response = await route(request, raw_request)
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _events_with(carried, response.body_iterator, named if edited else None)
+            events = await _begun(carried, response.body_iterator)
+            response.body_iterator = _events_with(carried, events, named if edited else None)
             is_taken = True
             return _Closing(response, running.close)
         if isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
             carried.require_run()
             return _with_values(carried, response, named if edited else None)
+        if carried.refusal is not None:  # vLLM may have made an answer of it that doesn't say where
+            raise carried.refusal
         return response
     finally:
         if not is_taken:
@@ -176,6 +179,29 @@ def _is_opening(choice: dict[str, Any]) -> bool:
     """A chat's first chunk says whose turn it is, and belongs to no token."""
     delta = choice.get("delta")
     return delta is not None and "role" in delta and not delta.get("content") and choice.get("finish_reason") is None
+
+
+async def _begun(carried: Carried, events: Any) -> AsyncGenerator[Any, None]:
+    """The events, once the request was taken. Raises `Refused` while the answer can still be an error."""
+    held: list[Any] = []
+    async for event in events:
+        held.append(event)
+        if carried.is_admitted:
+            break
+    if carried.refusal is not None:
+        await events.aclose()
+        raise carried.refusal
+
+    async def all_of_them() -> AsyncGenerator[Any, None]:
+        try:
+            for event in held:
+                yield event
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    return all_of_them()
 
 
 async def _events_with(carried: Carried, events: Any, named: str | None) -> AsyncIterator[str | bytes]:

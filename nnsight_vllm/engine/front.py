@@ -118,13 +118,12 @@ class Engine:
                 f"{user_line()}"
             )
         budget = self.tree.catalogue.max_num_batched_tokens
-        if request.prompt.rows > budget:
-            cut = self._sharing(request.graphs, tensors, request.prompt.rows).cut
-            if isinstance(cut, Whole):
-                raise AdmissionError(
-                    f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
-                    f"max_num_batched_tokens is {budget}; {user_line()}"
-                )
+        cut = self._sharing(request.graphs, tensors, request.prompt.rows).cut  # known from here on, if it's asked again
+        if request.prompt.rows > budget and isinstance(cut, Whole):
+            raise AdmissionError(
+                f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
+                f"max_num_batched_tokens is {budget}; {user_line()}"
+            )
         is_structured = request.sampling.structured_outputs is not None
         if is_structured and any("samples.output" in sites_written(decode(graph).body) for graph in request.graphs):
             raise AdmissionError(f"samples can't be edited under structured outputs; {user_line()}")

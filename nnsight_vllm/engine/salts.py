@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -66,22 +67,27 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
     """A function: how a graph and the cache may meet, and whether its prompt may come in pieces.
 
     It's given the graph's constants as safetensors bytes by digest, and the prompt's length. Bytes that are no legal graph
-    share nothing; the worker refuses them.
+    share nothing; the worker refuses them. Any thread may call it.
     """
     trailing = {site.name: len(site.shape) - 1 for site in catalogue.sites}
     found: OrderedDict[tuple[bytes, int], Known] = OrderedDict()
+    lock = threading.Lock()
 
     def known(graph: bytes, tensors: Mapping[str, bytes], num_rows: int) -> Known:
         try:
             key = _without_tensors(graph, tensors), num_rows
         except Exception:  # a stranger's bytes may be wrong in any way
             return _ILLEGAL
-        if key not in found:
-            found[key] = analysed(graph, tensors, num_rows)
-        found.move_to_end(key)
-        if len(found) > _MAX_KNOWN:
-            found.popitem(last=False)
-        return found[key]
+        with lock:
+            if key in found:
+                found.move_to_end(key)
+                return found[key]
+        made = analysed(graph, tensors, num_rows)  # seconds for a graph of 100,000 nodes: others go on meanwhile
+        with lock:
+            found[key] = made
+            if len(found) > _MAX_KNOWN:
+                found.popitem(last=False)
+        return made
 
     def analysed(graph: bytes, tensors: Mapping[str, bytes], num_rows: int) -> Known:
         facts = trailing.__getitem__, lambda digest: _rank(tensors[digest]), num_rows

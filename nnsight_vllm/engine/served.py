@@ -56,7 +56,7 @@ class ServedEngine(AsyncEngine):
 
     async def carried(
         self, generate: Generate, id: str, request: Request, tensors: dict[str, bytes]
-    ) -> AsyncIterator[Heard]:
+    ) -> AsyncGenerator[Heard, None]:
         """Run a request through vLLM's own `generate(prompt, params, id)`, once more after an eviction if nobody has heard of it.
 
         The last of what it gives says how the graphs failed, if they did.
