@@ -16,6 +16,9 @@ import torch
 from live_server import KEYS, LiveServer
 from safetensors.torch import load, save
 
+from nnsight_vllm.graph.nodes import Block, Graph, Op, Read, Ref, Save
+from nnsight_vllm.graph.wire import to_json
+
 HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
 LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
@@ -91,6 +94,34 @@ def test_a_field_of_another_shape_is_a_400_that_says_where(
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == param
     assert refused.json()["error"]["code"] == 400
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_what_only_the_prompt_decides_is_a_400_in_a_stream_too(live: LiveServer, route: str) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "completions": BODY,
+        "chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
+        "responses": {"model": "tiny", "input": "hello", "max_output_tokens": 4},
+    }
+    late = {"save": [{**LAST, "positions": [5000]}]}
+    refused = post(live, {**bodies[route], "stream": True, "intervention": late}, route)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"].startswith("intervention.save[0]")
+
+
+def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> None:
+    nodes: list[Any] = [Read(1, "model.layers.0.output")]
+    nodes += [Op(i, "torch.mul", [Ref(i - 1), 1.0]) for i in range(2, 20_000)]
+    graph = Graph(Block([*nodes, Save(20_000, "h", Ref(19_999))]))
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(post, live, {**BODY, "intervention": {"graph": json.loads(to_json(graph))}})
+        while not large.done():
+            began = time.monotonic()
+            assert httpx.get(f"{live.url}/v1/interventions/limits", headers=HEADERS, timeout=60).status_code == 200
+            waits.append(time.monotonic() - began)
+    assert large.result().status_code == 200
+    assert max(waits) < 1.0  # its analysis alone takes that long
 
 
 def test_another_field_of_another_shape_is_told_as_vllm_does(live: LiveServer) -> None:
