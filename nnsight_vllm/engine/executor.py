@@ -533,8 +533,19 @@ class Executor:
             request = self.requests[id]
             if (data := request.outbox.take()) is not None:
                 self._send(request, _tensor(data), sent)
+        for id in self._unsent.difference(emits):
+            self._send_early(self.requests[id], sent)
         sent.made = self.exports.take_made()
         return sent
+
+    def _send_early(self, request: Request, sent: Messages) -> None:
+        """Say at once that a request failed while its prompt is computed, though it has no output yet."""
+        if self._step is None or request.id not in self._step.index or not request.has_failed:
+            return
+        if (data := request.outbox.take()) is not None:
+            sent.early[request.id] = _tensor(data)
+            if request.links is not None and (failure := request.failed_by) is not None:
+                sent.failed[request.id] = failure
 
     def _send_together(self, group: Group, sent: Messages) -> None:
         assert self._step is not None

@@ -30,7 +30,8 @@ class Messages:
     """Of one step. `single`: by request. `together`: requests by their places in the batch, and a line [bytes] for each.
 
     `last`: requests whose graph stopped or failed, so that this is their last message. Of requests with links to others:
-    `made`, values that are there from now on, and why some `failed`.
+    `made`, values that are there from now on, and why some `failed`. `early`: last messages of requests that failed before their
+    prompt was all there, which have no output in this step.
     """
 
     single: dict[str, Tensor] = field(default_factory=dict)
@@ -38,9 +39,10 @@ class Messages:
     together: list[tuple[Ints, Tensor]] = field(default_factory=list)
     made: list[Address] = field(default_factory=list)
     failed: dict[str, Failure] = field(default_factory=dict)
+    early: dict[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.single or self.together or self.made)
+        return bool(self.single or self.together or self.made or self.early)
 
     def add(self, id: str, message: Tensor) -> None:
         """One more message of a request."""
@@ -56,19 +58,25 @@ class Messages:
         """For the journey; `index`: places in the batch by request."""
         places = [(index[id], message) for id, message in self.single.items()]
         return Packed(
-            places, [(torch.from_numpy(at), lines) for at, lines in self.together], self.last, self.made, self.failed
+            places,
+            [(torch.from_numpy(at), lines) for at, lines in self.together],
+            self.last,
+            self.made,
+            self.failed,
+            self.early,
         )
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Messages by their places in the batch; `last` by request."""
+    """Messages by their places in the batch; the rest by request."""
 
     single: list[tuple[int, Tensor]]
     together: list[tuple[Tensor, Tensor]]
     last: set[str]
     made: list[Address]
     failed: dict[str, Failure]
+    early: dict[str, Tensor]
 
     def unpacked(self, num_requests: int) -> list[Tensor | None]:
         """A message or none for each request of the batch."""

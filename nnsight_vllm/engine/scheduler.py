@@ -91,10 +91,11 @@ class Policy:
         else:
             output.pooler_output = packed.unpacked(len(output.req_ids))
             if self._bundles:
-                self._bundles.report(packed.made, packed.failed, packed.last)
+                self._bundles.report(packed.made, packed.failed, packed.last | packed.early.keys())
             made = super().update_from_output(scheduled, output)  # type: ignore[misc]
             if packed.last:
                 self._end(one for client in made.values() for one in client.outputs if one.request_id in packed.last)
+            self._end_early(packed.early, made)
         if self._doomed:
             self._fail(made)
         return made
@@ -139,17 +140,20 @@ class Policy:
         doomed = {id: self._doomed[id] for id, request in alive.items() if not request.num_in_flight_tokens}
         for id, failure in doomed.items():
             self._bundles.fail(id, failure)
-        for request in self.finish_requests(list(doomed), RequestStatus.FINISHED_ABORTED):
-            message = message_of(Delta(failure=doomed[request.request_id]))
+        self._end_early({id: message_of(Delta(failure=failure)) for id, failure in doomed.items()}, made)
+        self._doomed = {}
+
+    def _end_early(self, messages: Mapping[str, Any], made: dict[int, Any]) -> None:
+        """End requests that have no output in this step, each with its message."""
+        for request in self.finish_requests(list(messages), RequestStatus.FINISHED_ABORTED) if messages else ():
             output = EngineCoreOutput(
                 request.request_id,
                 [],
-                pooling_output=message,
+                pooling_output=messages[request.request_id],
                 finish_reason=FinishReason.ABORT,
                 events=request.take_events(),
             )
             made.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
-        self._doomed = {}
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]

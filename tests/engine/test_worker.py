@@ -257,6 +257,19 @@ def test_a_request_that_is_evicted_in_the_middle_of_its_prompt_fails_and_may_be_
     assert first.tokens == engine.generate((grows, PUSH, params))[0].tokens
 
 
+def test_a_graph_that_fails_in_the_middle_of_its_prompt_ends_its_request_there(engine: RawEngine) -> None:
+    beyond = Tuple([Slice(None, None, None), 500])
+    wrong = graph(Read(0, RESIDUAL, 0), Op(1, "py.getitem", [Ref(0), beyond]), Save(2, "rows", Ref(1)))
+    long = [9 + i % 40 for i in range(120)]
+    failed, other = engine.generate((long, wrong, {"max_tokens": 8, "cut": True}), plain(PROMPT, max_tokens=6))
+    assert failed.failures == ["IndexError"]
+    assert failed.tokens == []
+    is_async = engine.core.scheduler.vllm_config.scheduler_config.async_scheduling
+    assert [0 in rows for rows in engine.steps].count(True) == (2 if is_async else 1)  # the next step was on its way
+    assert other.tokens == engine.generate(plain(PROMPT, max_tokens=6))[0].tokens
+    assert engine.leftovers() == []
+
+
 def test_state_is_reported_until_its_request_ends(engine: RawEngine) -> None:
     executor = engine.worker.executor
     engine.generate((PROMPT, PUSH, {"max_tokens": 1}))
