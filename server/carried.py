@@ -56,15 +56,12 @@ class Carried:
         if self._intervention is not None and self._intervention.graph is not None:
             self._whole = await asyncio.to_thread(self._own, self._intervention, 0, None)
 
-    def entry(self, route: str) -> dict[str, object]:
-        """What the journal tells of it when it's over. `left`: its client went before the end."""
-        if self._failure:
-            outcome = self._failure
-        elif not self._num_choices:
-            outcome = "refused"
-        else:
-            over = sum(told.is_over for told in self.told.values())
-            outcome = "answered" if over == self._num_choices else "left"
+    def entry(self, route: str) -> dict[str, object] | None:
+        """What the journal tells of it when it's over. `left`: its client went before the end. None for what was refused."""
+        if not self._ids:
+            return None
+        over = sum(told.is_over for told in self.told.values())
+        outcome = self._failure or ("answered" if over == self._num_choices else "left")
         return {
             "id": ",".join(self._ids),
             "route": route,

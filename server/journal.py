@@ -23,12 +23,13 @@ def asked_id(raw_request: Request) -> str:
     return raw_request.headers.get("x-request-id", "")[:MAX_ID]
 
 
-def timed(fields: Callable[[], dict[str, object]]) -> Callable[[], None]:
-    """Starts to measure; what it returns writes the line, with what `fields` says by then."""
+def timed(fields: Callable[[], dict[str, object] | None]) -> Callable[[], None]:
+    """Starts to measure; what it returns writes the line, with what `fields` says by then, if it says something."""
     began = time.monotonic()
 
     def tell() -> None:
-        write({**fields(), "seconds": round(time.monotonic() - began, 4)})
+        if (found := fields()) is not None:
+            write({**found, "seconds": round(time.monotonic() - began, 4)})
 
     return tell
 
