@@ -111,9 +111,10 @@ def test_what_only_the_prompt_decides_is_a_400_in_a_stream_too(live: LiveServer,
 
 def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> None:
     nodes: list[Any] = [Read(1, "model.layers.0.output")]
-    nodes += [Op(i, "torch.mul", [Ref(i - 1), 1.0]) for i in range(2, 20_000)]
-    graph = Graph(Block([*nodes, Save(20_000, "h", Ref(19_999))]))
+    nodes += [Op(i, "torch.mul", [Ref(i - 1), 1.0]) for i in range(2, 30_000)]
+    graph = Graph(Block([*nodes, Save(30_000, "h", Ref(29_999))]))
     waits = []
+    start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         large = pool.submit(post, live, {**BODY, "intervention": {"graph": json.loads(to_json(graph))}})
         while not large.done():
@@ -121,7 +122,7 @@ def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> Non
             assert httpx.get(f"{live.url}/v1/interventions/limits", headers=HEADERS, timeout=60).status_code == 200
             waits.append(time.monotonic() - began)
     assert large.result().status_code == 200
-    assert max(waits) < 1.0  # its analysis alone takes that long
+    assert max(waits) < (time.monotonic() - start) / 4  # its analysis alone takes longer
 
 
 def test_another_field_of_another_shape_is_told_as_vllm_does(live: LiveServer) -> None:

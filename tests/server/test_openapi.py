@@ -6,6 +6,7 @@ For vLLM's routes only our field is drawn: all else of those is vLLM's.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from typing import Any
 
@@ -40,10 +41,34 @@ SITES = [
     "samples",
     "nowhere",
 ]
+SERVED = {
+    "type": "object",
+    "properties": {
+        "save": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"enum": ["h", "other"]},
+                    "site": {"enum": SITES[:4]},
+                    "positions": {"enum": ["all", "prompt", "last"]},
+                    "stream": {"type": "boolean"},
+                },
+                "required": ["name", "site", "positions"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["save"],
+    "additionalProperties": False,
+}
 NO_TEXT = {"detail": "There was an error parsing the body"}
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 DRAWN = settings(
-    max_examples=40,
+    max_examples=int(os.environ.get("NNSIGHT_VLLM_DRAWN", "40")),
+    derandomize="NNSIGHT_VLLM_DRAWN" not in os.environ,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -83,7 +108,7 @@ def document(live: LiveServer) -> dict[str, Any]:
         {"type": "object", "properties": {n: one}, "required": [n], "additionalProperties": False}
         for n, one in short.items()
     ]
-    schemas["Intervention"] = {"anyOf": [whole, *forms]}
+    schemas["Intervention"] = {"anyOf": [whole, *forms, SERVED]}
     for schema in schemas.values():  # else nearly nothing that is drawn would be served
         for name, drawn in (("site", SITES), ("tensor", ["drawn", "nobodys"])):
             if name in schema.get("properties", {}):
