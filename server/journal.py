@@ -1,6 +1,6 @@
 """A line of vLLM's log for each request with interventions: `intervention key=value ...`, with the request's id.
 
-Nothing in it is a stranger's text, but the id that a client may give, which is quoted.
+What may be a stranger's text (the id that a client gives, names in a path into a body) is cut, and quoted where it isn't plain.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 _logger = init_logger(f"vllm.{__name__}")  # vLLM gives handlers to loggers below its own name
 _PLAIN = re.compile(r"[\w.:/\[\]-]+", re.ASCII)
 MAX_ID = 128
+MAX_TEXT = 256
 
 
 def asked_id(raw_request: Request) -> str:
@@ -40,5 +41,5 @@ def write(fields: dict[str, object]) -> None:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
+    text = str(value)[:MAX_TEXT]
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

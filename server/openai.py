@@ -184,13 +184,16 @@ def _is_opening(choice: dict[str, Any]) -> bool:
 async def _begun(carried: Carried, events: Any) -> AsyncGenerator[Any, None]:
     """The events, once the request was taken. Raises `Refused` while the answer can still be an error."""
     held: list[Any] = []
-    async for event in events:
-        held.append(event)
-        if carried.is_admitted:
-            break
-    if carried.refusal is not None:
+    try:
+        async for event in events:
+            held.append(event)
+            if carried.is_admitted:
+                break
+        if carried.refusal is not None:
+            raise carried.refusal
+    except BaseException:  # the answer never begins, so nobody else ends what the engine has begun
         await events.aclose()
-        raise carried.refusal
+        raise
 
     async def all_of_them() -> AsyncGenerator[Any, None]:
         try:

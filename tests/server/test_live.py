@@ -109,6 +109,23 @@ def test_what_only_the_prompt_decides_is_a_400_in_a_stream_too(live: LiveServer,
     assert refused.json()["error"]["param"].startswith("intervention.save[0]")
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_one_refused_prompt_of_several_ends_the_others(live: LiveServer, is_streamed: bool) -> None:
+    prompts = [[5, 17, 33, 90, 41], [7], [5, 17, 33, 90, 8]]
+    save = {"save": [{"name": "h", "site": "model.layers.1.output[0]", "positions": [3]}]}
+    body = {**BODY, "prompt": prompts, "max_tokens": 2, "stream": is_streamed, "intervention": save}
+    refused = post(live, {**body, "ignore_eos": True})
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"].startswith("intervention.save[0]")
+    assert post(live, {**body, "prompt": [prompts[0], prompts[2]], "stream": False}).status_code == 200
+    deadline = time.monotonic() + 10
+    while (found := httpx.get(f"{live.url}/v1/interventions/integrity", headers=HEADERS, timeout=60).json())[
+        "leftovers"
+    ] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found == {"leftovers": []}
+
+
 def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> None:
     nodes: list[Any] = [Read(1, "model.layers.0.output")]
     nodes += [Op(i, "torch.mul", [Ref(i - 1), 1.0]) for i in range(2, 30_000)]
