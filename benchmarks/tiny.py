@@ -32,7 +32,7 @@ from messages import Host, Job
 from results import Row, arguments, in_this_process, keep, show, tell
 
 from nnsight_vllm import VLLM
-from nnsight_vllm.engine.executor import Executor
+from nnsight_vllm.worker.batch.executor import Executor
 
 NUM_ROUNDS = 9
 REQUESTS = (1, 16, 64, 256)

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from nnsight_vllm.engine.limits import check_limits
-from nnsight_vllm.engine.settings import Sites, check_arguments, check_checkpoint, check_sites
 from nnsight_vllm.errors import EngineSettingError, RefusedError
+from nnsight_vllm.frontend.settings import Sites, check_arguments, check_checkpoint, check_sites
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.async_tracer import AsyncTracer
 from nnsight_vllm.trace.editable import Editable
@@ -20,12 +19,13 @@ from nnsight_vllm.trace.session import Session
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tracer import Tracer
 from nnsight_vllm.trace.tree import Tree
+from nnsight_vllm.wire.limits import check_limits
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from nnsight_vllm.engine.async_front import AsyncEngine
-    from nnsight_vllm.engine.front import Engine
+    from nnsight_vllm.frontend.async_engine import AsyncEngine
+    from nnsight_vllm.frontend.engine import Engine
     from nnsight_vllm.remote.engine import RemoteEngine
 
 
@@ -51,10 +51,10 @@ class _Start:
 
     def _class(self) -> type[Engine]:
         if self._kind == "async":
-            from nnsight_vllm.engine.async_front import AsyncEngine
+            from nnsight_vllm.frontend.async_engine import AsyncEngine
 
             return AsyncEngine
-        from nnsight_vllm.engine.front import Engine
+        from nnsight_vllm.frontend.engine import Engine
 
         return Engine
 

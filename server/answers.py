@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nnsight_vllm.engine.collect import Fresh
+from nnsight_vllm.frontend.collector import Fresh
 
 Keep = Callable[[bytes], str]
 """Keeps safetensors bytes with one tensor named `tensor`; returns the link under which they are fetched."""

@@ -41,7 +41,7 @@ def serve(arguments: Sequence[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    from nnsight_vllm.engine import refusal
+    from nnsight_vllm.wire import refusal
 
     cli_env_setup()
     parser = _parser()
@@ -58,7 +58,7 @@ def serve(arguments: Sequence[str]) -> None:
 
 def prepare(args: Namespace, defaults: dict[str, Any], refusal_file: str | None = None) -> None:
     """Put our worker, scheduler, plugin and limits into vLLM's arguments. Raises `EngineSettingError`."""
-    from nnsight_vllm.engine.settings import check_checkpoint, engine_arguments
+    from nnsight_vllm.frontend.settings import check_checkpoint, engine_arguments
     from nnsight_vllm.server.limits import Limits
     from nnsight_vllm.server.tenants import Tenants
 

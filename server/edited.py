@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from nnsight_vllm.errors import EngineSettingError, UnknownEditError
-from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.server.bodies import read_body
 from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.schema import Closed, Intervention, refusal_of

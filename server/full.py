@@ -8,13 +8,13 @@ import msgspec
 
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import from_json
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
 from nnsight_vllm.graph.walk import constants_of, count_nodes, nodes_of
-from nnsight_vllm.graph.wire import from_json
 from nnsight_vllm.server import metrics
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.schema import Intervention
-from nnsight_vllm.server.sent import Sent
+from nnsight_vllm.server.tensor_refs import Sent
 from nnsight_vllm.trace.tree import Tree
 
 

@@ -29,9 +29,9 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from nnsight_vllm.server import journal
-from nnsight_vllm.server.carried import Carried, current
 from nnsight_vllm.server.edited import EditedModel
 from nnsight_vllm.server.errors import Refused, documented
+from nnsight_vllm.server.openai_run import Carried, current
 from nnsight_vllm.server.schema import Intervention, Judged
 from nnsight_vllm.server.state import interventions_of, tenant_of
 

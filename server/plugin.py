@@ -13,19 +13,19 @@ from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
 
-from nnsight_vllm.engine.compat import wrap
-from nnsight_vllm.engine.served import ServedEngine
 from nnsight_vllm.errors import EngineSettingError
+from nnsight_vllm.frontend.served_engine import ServedEngine
 from nnsight_vllm.server import edited, metrics, openai, results, tensors, traces
-from nnsight_vllm.server.carried import generate_with_graphs
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused
 from nnsight_vllm.server.limits import Concurrent, Limits
+from nnsight_vllm.server.openai_run import generate_with_graphs
 from nnsight_vllm.server.results import ResultStore
 from nnsight_vllm.server.state import Interventions
 from nnsight_vllm.server.tenants import Tenants
 from nnsight_vllm.server.tensors import TensorStore
 from nnsight_vllm.trace.source import hide_lines
+from nnsight_vllm.worker.seam.vllm_seam import wrap
 
 NAME = "nnsight_vllm"
 

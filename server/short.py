@@ -40,8 +40,8 @@ from nnsight_vllm.server.schema import (
     Scale,
     Set,
 )
-from nnsight_vllm.server.sent import Sent, TensorOf
 from nnsight_vllm.server.sitenames import find_site
+from nnsight_vllm.server.tensor_refs import Sent, TensorOf
 from nnsight_vllm.trace import active
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.iterations import IterationBlock

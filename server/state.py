@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 if TYPE_CHECKING:
-    from nnsight_vllm.engine.served import ServedEngine
+    from nnsight_vllm.frontend.served_engine import ServedEngine
     from nnsight_vllm.server.edited import EditedModels
     from nnsight_vllm.server.limits import Concurrent, Limits
     from nnsight_vllm.server.results import ResultStore

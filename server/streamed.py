@@ -11,11 +11,11 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nnsight_vllm.errors import InterventionError, NNsightError
-from nnsight_vllm.remote.wire import FRAMES, Broken
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.told import answered, encode_frame, noticed
+from nnsight_vllm.server.trace_codec import answered, encode_frame, noticed
 from nnsight_vllm.trace.events import Notice, Run
 from nnsight_vllm.trace.events import Receive as Listen
+from nnsight_vllm.wire.trace import FRAMES, Broken
 
 
 class Streamed(StreamingResponse):

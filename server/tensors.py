@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from nnsight_vllm.server.bodies import read_body
 from nnsight_vllm.server.errors import Refused, documented
-from nnsight_vllm.server.received import check_tensor
 from nnsight_vllm.server.state import interventions_of, tenant_of
+from nnsight_vllm.server.trace_requests import check_tensor
 
 router = APIRouter(tags=["interventions"])
 

@@ -1,6 +1,6 @@
 """The routes behind `VLLM.connect`: what the model has, prompts and sampling before a recording, and traces that run.
 
-A trace is msgpack both ways (`nnsight_vllm/remote/wire.py`): graphs are bytes, values are raw. Its client may go at any time; the engine
+A trace is msgpack both ways (`nnsight_vllm/wire/trace.py`): graphs are bytes, values are raw. Its client may go at any time; the engine
 then ends all that it began.
 """
 
@@ -20,21 +20,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nnsight_vllm.errors import IntegrityError, NNsightError
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.graph.wire import digest
-from nnsight_vllm.remote.wire import FRAMES, MSGPACK, PREFIX, Described, Prepared
 from nnsight_vllm.server import journal, metrics
 from nnsight_vllm.server.bodies import read_body
 from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.limits import Limits
-from nnsight_vllm.server.received import Missing, Received
 from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
 from nnsight_vllm.server.streamed import Streamed, not_run
-from nnsight_vllm.server.told import encode_outcomes
+from nnsight_vllm.server.trace_codec import encode_outcomes
+from nnsight_vllm.server.trace_requests import Missing, Received
 from nnsight_vllm.trace.backend import Outcome
 from nnsight_vllm.trace.events import Receive, Run
 from nnsight_vllm.trace.tree import Tree
+from nnsight_vllm.wire.trace import FRAMES, MSGPACK, PREFIX, Described, Prepared
 
 router = APIRouter(tags=["interventions"])
 

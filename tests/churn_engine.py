@@ -20,12 +20,12 @@ from churn_scenario import WHOLE, Arrival, Ask, Scenario, Settings
 from torch import Tensor
 
 from nnsight_vllm import VLLM
-from nnsight_vllm.engine.collect import Collected
-from nnsight_vllm.engine.compat import graph_of
-from nnsight_vllm.engine.front import reason_of
-from nnsight_vllm.engine.related import Tied
 from nnsight_vllm.errors import IntegrityError
+from nnsight_vllm.frontend.bundling import Tied
+from nnsight_vllm.frontend.collector import Collected
+from nnsight_vllm.frontend.engine import reason_of
 from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.worker.seam.vllm_seam import graph_of
 
 MAX_STEPS = 3000
 MAX_TENSORS = 1 << 23  # bytes; so few that constants are dropped and sent again

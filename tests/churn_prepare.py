@@ -10,8 +10,8 @@ from churn_scenario import TABLE, Ask, Graph
 from churn_table import table
 
 from nnsight_vllm import VLLM
+from nnsight_vllm.graph.codec import decode, digest
 from nnsight_vllm.graph.walk import sites_written
-from nnsight_vllm.graph.wire import decode, digest
 from nnsight_vllm.trace.backend import Request
 
 DRAWN = {"logits.output", "samples.output"}

@@ -6,9 +6,9 @@ from churn_kinds import HIDDEN
 from churn_scenario import TABLE, Graph
 from generated import LOOKS, STEPS, Builder
 
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Arg, Block, Iterations, Loop, Node, Op, Ref, Save, Write
 from nnsight_vllm.graph.nodes import Graph as Nodes
-from nnsight_vllm.graph.wire import encode
 
 SITES = ["output", "mlp.output", "self_attn.q_proj.output", "post_attention_layernorm.output", "mlp.down_proj.output"]
 # Not what rounding decides: comparisons of every element. The gates are a kind above.

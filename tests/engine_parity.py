@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from nnsight_vllm.engine import taps
-from nnsight_vllm.engine.calls import Calls
-from nnsight_vllm.engine.instrument import Instrumented, instrument
+from nnsight_vllm.worker.model import taps
+from nnsight_vllm.worker.model.calls import Calls
+from nnsight_vllm.worker.model.instrument import Instrumented, instrument
 
 Edit = Callable[[Tensor], Tensor]
 Values = dict[str, Tensor]

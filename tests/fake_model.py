@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
+from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result, Sample
 from nnsight_vllm.trace.editable import Editable
 from nnsight_vllm.trace.tracer import Tracer

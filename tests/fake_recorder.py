@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from nnsight_vllm.errors import ControlFlowError
-from nnsight_vllm.trace import block, frames
-from nnsight_vllm.trace.poison import Poison, is_poison
+from nnsight_vllm.trace.blocks import block, frames
+from nnsight_vllm.trace.blocks.poison import Poison, is_poison
 
 Env = dict[int, object]
 

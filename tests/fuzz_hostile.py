@@ -54,7 +54,7 @@ def by_chance(num: int, seed: int) -> int:
 def by_coverage(num: int) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=["nnsight_vllm.graph", "nnsight_vllm.plan", "nnsight_vllm.engine"]):
+    with atheris.instrument_imports(include=["nnsight_vllm.graph", "nnsight_vllm.plan", "nnsight_vllm.worker"]):
         from hostile import Judge, case
     judge = Judge()
 

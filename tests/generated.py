@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from toy import HIDDEN, Toy
 
+from nnsight_vllm.graph.codec import digest, encode
 from nnsight_vllm.graph.nodes import (
     Arg,
     Block,
@@ -30,7 +31,6 @@ from nnsight_vllm.graph.nodes import (
     Tuple,
     Write,
 )
-from nnsight_vllm.graph.wire import digest, encode
 
 FULL = Slice()
 TOLERANCE = 1e-5

@@ -13,15 +13,15 @@ import msgspec
 import torch
 from toy import LAYERS, Toy, graph, toy_catalogue
 
-from nnsight_vllm.engine.limits import Limits
 from nnsight_vllm.errors import AdmissionError, GraphError, InterventionError, RecordError
 from nnsight_vllm.graph.check import DTYPES, check
+from nnsight_vllm.graph.codec import decode, encode, from_json, to_json
 from nnsight_vllm.graph.nodes import Graph, Op, Read, Ref, Save
 from nnsight_vllm.graph.ops import OPS
-from nnsight_vllm.graph.wire import decode, encode, from_json, to_json
 from nnsight_vllm.plan.caching import caching_of
-from nnsight_vllm.plan.cutting import Whole, cut_of
+from nnsight_vllm.plan.chunking import Whole, cut_of
 from nnsight_vllm.plan.program import compile_graph
+from nnsight_vllm.wire.limits import Limits
 
 T = TypeVar("T")
 ALLOWED = (GraphError, RecordError, InterventionError, AdmissionError)

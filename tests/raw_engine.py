@@ -12,8 +12,8 @@ import msgspec
 import pytest
 import v2_on_cpu
 
+from nnsight_vllm.graph.codec import decode_deltas
 from nnsight_vllm.graph.results import Delta
-from nnsight_vllm.graph.wire import decode_deltas
 
 
 @dataclass
@@ -115,8 +115,8 @@ def _start(checkpoint: str, keywords: dict[str, Any]) -> Any:
         dtype="float32",
         enforce_eager=True,
         kv_cache_memory_bytes=2**26,
-        worker_cls="nnsight_vllm.engine.worker.Worker",
-        scheduler_cls="nnsight_vllm.engine.scheduler.Scheduler",
+        worker_cls="nnsight_vllm.worker.worker.Worker",
+        scheduler_cls="nnsight_vllm.scheduler.scheduler.Scheduler",
         additional_config={"nnsight_vllm": {"sites": "all"}},
         **keywords,
     )

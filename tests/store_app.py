@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save
 from torch import Tensor
 
-from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.server import edited, results, tensors
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused

@@ -12,16 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsight_vllm.engine.collect import Collected
-from nnsight_vllm.engine.draws import LOGITS_TAP, SAMPLES_TAP, draw_sites
-from nnsight_vllm.engine.executor import Executor, SiteTable
-from nnsight_vllm.engine.limits import Limits
-from nnsight_vllm.engine.requests import Arrival, Step
-from nnsight_vllm.engine.sites import Direct, Site, Slot, Stream
-from nnsight_vllm.engine.store import Store
-from nnsight_vllm.engine.taps import Handler
+from nnsight_vllm.frontend.collector import Collected
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import decode_deltas, encode
 from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.nodes import Block, Graph, Node
 from nnsight_vllm.graph.results import (
@@ -33,8 +27,14 @@ from nnsight_vllm.graph.results import (
     TupleValue,
     Value,
 )
-from nnsight_vllm.graph.wire import decode_deltas, encode
 from nnsight_vllm.plan.program import ProgramCache
+from nnsight_vllm.wire.limits import Limits
+from nnsight_vllm.worker.batch.executor import Executor, SiteTable
+from nnsight_vllm.worker.batch.requests import Arrival, Step
+from nnsight_vllm.worker.batch.tensor_store import Store
+from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP, draw_sites
+from nnsight_vllm.worker.model.sites import Direct, Site, Slot, Stream
+from nnsight_vllm.worker.model.taps import Handler
 
 LAYERS, HIDDEN, VOCAB = 3, 4, 8
 

@@ -17,13 +17,13 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from toy import HIDDEN, VOCAB, Toy, graph, toy_catalogue
 
-from nnsight_vllm.engine.collect import Collected
-from nnsight_vllm.engine.prompts import make_prompt
-from nnsight_vllm.engine.related import Related
+from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.errors import AdmissionError, UnknownEditError
+from nnsight_vllm.frontend.bundling import Related
+from nnsight_vllm.frontend.collector import Collected
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.links import decode_links
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.graph.wire import digest
 from nnsight_vllm.server import traces
 from nnsight_vllm.server.errors import Refused, answer_refused
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Result

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nnsight_vllm.graph.check import refs
+from nnsight_vllm.graph.codec import decode, digest, encode
 from nnsight_vllm.graph.nodes import (
     Arg,
     Block,
@@ -32,7 +33,6 @@ from nnsight_vllm.graph.nodes import (
 )
 from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
 from nnsight_vllm.graph.walk import is_quiet, nodes_of
-from nnsight_vllm.graph.wire import decode, digest, encode
 from nnsight_vllm.plan import effects
 from nnsight_vllm.plan.edits import Edit, Visit, find_edits, find_visits
 from nnsight_vllm.plan.instructions import (

@@ -9,7 +9,7 @@ stacked to [requests, ...]. Whether an operation may run on those at once depend
     INDEX       takes a part; an index into the rows is each request's own
     OPAQUE      anything else: runs for each request by itself
 
-What a kind means for the group is in `engine/batched_nodes.py`.
+What a kind means for the group is in `worker/batch/group_nodes.py`.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import msgspec
 
 from nnsight_vllm.errors import ConnectionFailed
-from nnsight_vllm.remote.wire import Answered, Chances, SentCompletion, SentNotice, SentOutcome
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Result, Sample
 from nnsight_vllm.trace.events import Notice
 from nnsight_vllm.trace.source import user_line
-from nnsight_vllm.trace.values import decode_value
+from nnsight_vllm.wire.trace import Answered, Chances, SentCompletion, SentNotice, SentOutcome
+from nnsight_vllm.wire.values import decode_value
 
 _decoder = msgspec.msgpack.Decoder(Answered)
 

@@ -9,14 +9,14 @@ from concurrent.futures import Future
 import httpx
 import msgspec
 
-from nnsight_vllm.engine.loop import LoopThread
+from nnsight_vllm.client.loop import LoopThread
 from nnsight_vllm.errors import ConnectionFailed, InterventionError
 from nnsight_vllm.remote.answers import notice_of, outcomes
 from nnsight_vllm.remote.connection import Refusal, wait_for
 from nnsight_vllm.remote.engine import TRACE, RemoteEngine, line_of, packed
-from nnsight_vllm.remote.wire import FRAMES, MISSING, Answered, Broken, Frame, SentNotice
 from nnsight_vllm.trace.backend import Outcome, Request
 from nnsight_vllm.trace.events import Receive
+from nnsight_vllm.wire.trace import FRAMES, MISSING, Answered, Broken, Frame, SentNotice
 
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 

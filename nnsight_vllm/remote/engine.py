@@ -15,20 +15,20 @@ from urllib.parse import quote
 
 import msgspec
 
-from nnsight_vllm.engine.prompts import make_prompt
+from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.errors import AdmissionError, ConnectionFailed, EngineSettingError
+from nnsight_vllm.graph.codec import decode, to_json
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.graph.wire import decode, to_json
 from nnsight_vllm.remote.answers import outcomes_of
 from nnsight_vllm.remote.connection import Connection, Refusal
 from nnsight_vllm.remote.sampling import Samplings
 from nnsight_vllm.remote.tokenizer import RemoteTokenizer
-from nnsight_vllm.remote.wire import MISSING, MSGPACK, PREFIX, Described, SentRequest, SentTrace
 from nnsight_vllm.trace.backend import Outcome, Prompt, Request
 from nnsight_vllm.trace.edits import Edit
 from nnsight_vllm.trace.source import Line, user_line
 from nnsight_vllm.trace.tree import Tree
+from nnsight_vllm.wire.trace import MISSING, MSGPACK, PREFIX, Described, SentRequest, SentTrace
 
 SMALL = 1 << 18
 """Bytes up to which a tensor travels with each trace that needs it."""

@@ -11,8 +11,8 @@ import msgspec
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.remote.connection import Connection, Refusal
-from nnsight_vllm.remote.wire import PREFIX, Asked, Prepared
 from nnsight_vllm.trace.source import user_line
+from nnsight_vllm.wire.trace import PREFIX, Asked, Prepared
 
 KEPT = 1024
 """Texts whose token ids a client remembers, the latest."""

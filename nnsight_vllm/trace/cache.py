@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import RefusedError, UnknownModuleError, ValueNotSetError
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Node, Op, Read, Ref, Save
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.source import user_line
 

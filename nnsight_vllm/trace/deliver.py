@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import FrameType
 
-from nnsight_vllm.trace import frames
-from nnsight_vllm.trace.control import Poison
+from nnsight_vllm.trace.blocks import frames
+from nnsight_vllm.trace.blocks.control import Poison
 from nnsight_vllm.trace.proxy import Proxy
 
 

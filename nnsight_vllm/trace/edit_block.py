@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Op, Read, Write
 from nnsight_vllm.graph.walk import constants_of, sites_written
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.trace import active, garbage
 from nnsight_vllm.trace.edits import Edit
 from nnsight_vllm.trace.encode import Constants

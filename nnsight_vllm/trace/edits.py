@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nnsight_vllm.errors import RefusedError, UnknownEditError
+from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.trace.source import Line, user_line
 
 

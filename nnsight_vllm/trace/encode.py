@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from nnsight_vllm.errors import RefusedError
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.nodes import Arg, Const, Dict, Dots, Dtype, List, Slice, Special, Tuple
-from nnsight_vllm.graph.wire import digest
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.proxy import Proxy
 from nnsight_vllm.trace.source import user_line

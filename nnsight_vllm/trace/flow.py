@@ -10,7 +10,8 @@ import torch
 
 from nnsight_vllm.errors import OutOfOrderError, RecordError, RefusedError, ScopeError
 from nnsight_vllm.graph.nodes import Arg, Block, Cond, Iterations, Loop, Node
-from nnsight_vllm.trace import frames, meta
+from nnsight_vllm.trace import meta
+from nnsight_vllm.trace.blocks import frames
 from nnsight_vllm.trace.encode import resolve
 from nnsight_vllm.trace.proxy import Proxy
 from nnsight_vllm.trace.scope import CondHandle, IterationsHandle, Kind, LoopHandle, Scope

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import FrameType
 
-from nnsight_vllm.trace import frames
-from nnsight_vllm.trace.poison import Poison, is_poison
+from nnsight_vllm.trace.blocks import frames
+from nnsight_vllm.trace.blocks.poison import Poison, is_poison
 from nnsight_vllm.trace.proxy import Proxy
 from nnsight_vllm.trace.recorder import Recorder
 

@@ -472,7 +472,7 @@ def _is_device_name(value: object) -> bool:
 
 
 def _why() -> str:
-    from nnsight_vllm.trace.block import why_native
+    from nnsight_vllm.trace.blocks.block import why_native
 
     reason = why_native(user_frame())
     return f" ({reason})" if reason else ""

@@ -13,9 +13,9 @@ import msgspec
 
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import to_json
 from nnsight_vllm.graph.nodes import Graph
 from nnsight_vllm.graph.walk import constants_of
-from nnsight_vllm.graph.wire import to_json
 from nnsight_vllm.trace import active
 from nnsight_vllm.trace.backend import Outcome, Prompt, Request
 from nnsight_vllm.trace.envoy import Envoy

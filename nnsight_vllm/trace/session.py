@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import ControlFlowError, RefusedError
 from nnsight_vllm.trace import active
-from nnsight_vllm.trace.block import SkipBody, prepare_repeated
+from nnsight_vllm.trace.blocks.block import SkipBody, prepare_repeated
 from nnsight_vllm.trace.bundle import Bundle
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.dispatch import Dispatch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from nnsight_vllm.trace.backend import Backend
-    from nnsight_vllm.trace.block import Body
+    from nnsight_vllm.trace.blocks.block import Body
     from nnsight_vllm.trace.tracer import Tracer
 
 

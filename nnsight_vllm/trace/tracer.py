@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import InterventionError, NNsightError, PreemptedError, RefusedError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import encode, to_json
 from nnsight_vllm.graph.nodes import Graph
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.walk import constants_of
-from nnsight_vllm.graph.wire import encode, to_json
 from nnsight_vllm.trace import active, garbage
 from nnsight_vllm.trace.backend import Backend, Outcome, Prompt, Request
-from nnsight_vllm.trace.block import Body, SkipBody, prepare
+from nnsight_vllm.trace.blocks.block import Body, SkipBody, prepare
 from nnsight_vllm.trace.bundle import Bundle
 from nnsight_vllm.trace.cache import Cache, cached_sites, collecting_graph
 from nnsight_vllm.trace.cond import CondBlock

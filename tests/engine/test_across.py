@@ -14,9 +14,9 @@ import torch
 
 import nnsight_vllm as nv
 from nnsight_vllm.errors import InterventionError
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.links import Links, Need, encode_links
 from nnsight_vllm.graph.nodes import Block, Export, Graph, Import, Node, Op, Read, Ref, Slice
-from nnsight_vllm.graph.wire import encode
 
 if TYPE_CHECKING:
     from conftest import Engines

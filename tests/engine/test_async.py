@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import nnsight_vllm as nv
-from nnsight_vllm.engine.flight import Flight
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, InterventionError, RefusedError, ValueNotSetError
+from nnsight_vllm.frontend.run import Flight
 from nnsight_vllm.trace.stream import ended
 
 if TYPE_CHECKING:

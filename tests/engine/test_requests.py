@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import nnsight_vllm as nv
 from nnsight_vllm.errors import AdmissionError, InterventionError, RecordError, RefusedError, ValueNotSetError
+from nnsight_vllm.graph.codec import digest, encode
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Ref
-from nnsight_vllm.graph.wire import digest, encode
 
 if TYPE_CHECKING:
     from conftest import Engines

@@ -11,6 +11,7 @@ from fake_model import catalogue
 
 from nnsight_vllm.errors import GraphError, OutOfOrderError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import decode, encode, from_json, to_json
 from nnsight_vllm.graph.nodes import (
     Arg,
     Block,
@@ -41,7 +42,6 @@ from nnsight_vllm.graph.nodes import (
 from nnsight_vllm.graph.ops import OPS, RANDOM, is_inplace
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.walk import constants_of, iteration_after, nodes_of, sites_written
-from nnsight_vllm.graph.wire import decode, encode, from_json, to_json
 
 MLP = "model.layers.0.mlp.output"
 EVERYTHING = Graph(
@@ -221,7 +221,7 @@ def test_names_that_look_in_place_but_are_not(name: str) -> None:
 
 def test_graphs_need_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, nnsight_vllm.graph.check, nnsight_vllm.graph.wire, nnsight_vllm.graph.text;"
+        "import sys, nnsight_vllm.graph.check, nnsight_vllm.graph.codec, nnsight_vllm.graph.text;"
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,12 +11,12 @@ from fake_model import HIDDEN, FakeModel, catalogue
 
 import nnsight_vllm as nv
 from nnsight_vllm import edits
-from nnsight_vllm.engine.salts import known_by, salt_of
+from nnsight_vllm.frontend.cache_salt import known_by, salt_of
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations, Op, Read, Ref
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.plan.caching import Caching, Salt
-from nnsight_vllm.plan.cutting import Whole, cut_of
-from nnsight_vllm.plan.pieces import Cut
+from nnsight_vllm.plan.chunking import Whole, cut_of
+from nnsight_vllm.plan.chunks import Cut
 
 V, W, M = torch.ones(HIDDEN), torch.arange(float(HIDDEN)), torch.eye(HIDDEN)
 
@@ -370,7 +370,7 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
         looked.append(num_rows)
         return cut_of(graph, trailing, rank, num_rows)
 
-    monkeypatch.setattr("nnsight_vllm.engine.salts.cut_of", look)
+    monkeypatch.setattr("nnsight_vllm.frontend.cache_salt.cut_of", look)
     known = known_by(catalogue())
 
     def ask(value: torch.Tensor, rows: int = 4) -> Any:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from fake_model import HIDDEN, FakeModel, catalogue
 
-from nnsight_vllm.engine.salts import Shared, salt_of, sharing_by
+from nnsight_vllm.frontend.cache_salt import Shared, salt_of, sharing_by
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Log
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.plan.caching import Salt
-from nnsight_vllm.plan.cutting import Whole
+from nnsight_vllm.plan.chunking import Whole
 
 V = torch.arange(float(HIDDEN))
 PROMPT = [1, 2, 3]

@@ -1,6 +1,7 @@
 import pytest
 
 from nnsight_vllm.errors import GraphError
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import (
     Block,
     Cond,
@@ -19,7 +20,6 @@ from nnsight_vllm.graph.nodes import (
     Stop,
     Write,
 )
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.plan.instructions import At, Run
 from nnsight_vllm.plan.program import ProgramCache, compile_graph
 

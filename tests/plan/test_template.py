@@ -6,6 +6,7 @@ import pytest
 
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.check import Checker
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import (
     Arg,
     Block,
@@ -26,7 +27,6 @@ from nnsight_vllm.graph.nodes import (
     Tuple,
 )
 from nnsight_vllm.graph.ops import OPS
-from nnsight_vllm.graph.wire import encode
 from nnsight_vllm.plan import effects
 from nnsight_vllm.plan.program import ProgramCache, compile_graph
 from nnsight_vllm.plan.rows import RULES, Kind, is_fresh, rule_of

@@ -10,7 +10,7 @@ from hostile import Judge, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnsight_vllm.graph.wire import encode
+from nnsight_vllm.graph.codec import encode
 
 FINDINGS = sorted(path for path in (Path(__file__).parent / "hostile").iterdir() if path.suffix in (".bin", ".json"))
 NUM_DRAWN = 1500

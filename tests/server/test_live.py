@@ -16,8 +16,8 @@ import torch
 from live_server import KEYS, LiveServer
 from safetensors.torch import load, save
 
+from nnsight_vllm.graph.codec import to_json
 from nnsight_vllm.graph.nodes import Block, Graph, Op, Read, Ref, Save
-from nnsight_vllm.graph.wire import to_json
 
 HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}

@@ -31,7 +31,7 @@ from nnsight_vllm.errors import (
     UnauthorizedError,
     UnknownModuleError,
 )
-from nnsight_vllm.graph.wire import encode
+from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.remote import engine as remote_engine
 from nnsight_vllm.trace.tree import Tree
 

@@ -50,8 +50,8 @@ def test_the_engine_gets_its_own() -> None:
 
 
 def test_the_engines_defaults_are_the_servers() -> None:
-    from nnsight_vllm.engine.limits import Limits as OfEngine
-    from nnsight_vllm.engine.limits import limits_of
+    from nnsight_vllm.wire.limits import Limits as OfEngine
+    from nnsight_vllm.wire.limits import limits_of
 
     given: Any = Limits().of_engine()["limits"]
     assert limits_of(given) == OfEngine()

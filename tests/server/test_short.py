@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy import HIDDEN, VOCAB, Toy, toy_catalogue
 
+from nnsight_vllm.graph.codec import digest, encode, to_json
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations
 from nnsight_vllm.graph.walk import nodes_of
-from nnsight_vllm.graph.wire import digest, encode, to_json
 from nnsight_vllm.plan.caching import Salt, caching_of
 from nnsight_vllm.plan.program import Program, compile_graph
 from nnsight_vllm.plan.template import split

@@ -7,7 +7,7 @@ import torch
 from prometheus_client import REGISTRY
 from store_app import client_of, interventions, packed
 
-from nnsight_vllm.graph.wire import digest
+from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.server.limits import Limits
 
 PATH = "/v1/interventions/tensors"

@@ -10,8 +10,8 @@ from fake_model import FakeModel
 
 from nnsight_vllm.errors import RefusedError, UnknownModuleError, ValueNotSetError
 from nnsight_vllm.graph.check import check
+from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.plan.program import compile_graph
 from nnsight_vllm.trace.backend import Completion, Outcome, Result, Sample
 

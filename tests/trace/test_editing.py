@@ -19,9 +19,9 @@ from nnsight_vllm.errors import (
     UnknownEditError,
     ValueNotSetError,
 )
+from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.graph.wire import decode
 from nnsight_vllm.trace.backend import Request, Sample
 
 ADD = """\

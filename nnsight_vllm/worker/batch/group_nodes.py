@@ -1,0 +1,394 @@
+"""Runs a node of a group's program: once for all its requests where the row algebra covers it, else request by request.
+
+Both kinds work on views of the same memory, so they may follow each other in any order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.errors import InterventionError
+from nnsight_vllm.graph.nodes import (
+    Arg,
+    Call,
+    Const,
+    Dots,
+    Export,
+    Import,
+    List,
+    Log,
+    Op,
+    Read,
+    Ref,
+    Save,
+    Slice,
+    Tuple,
+    Write,
+)
+from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, is_inplace
+from nnsight_vllm.kernels.dispatch import choose
+from nnsight_vllm.plan.edits import ADDS
+from nnsight_vllm.plan.rows import Kind, rule_of
+from nnsight_vllm.worker.batch.changes import by_table, dtype_of, fitted, in_place, spread_value
+from nnsight_vllm.worker.batch.group import Group
+from nnsight_vllm.worker.batch.group_members import Members
+from nnsight_vllm.worker.batch.interpreter import Interpreter, ModuleCalls
+from nnsight_vllm.worker.batch.places import fit, refuse_floats
+from nnsight_vllm.worker.lanes import algebra
+from nnsight_vllm.worker.lanes.algebra import Uncovered
+from nnsight_vllm.worker.lanes.lanes import (
+    Each,
+    Held,
+    Items,
+    Lane,
+    Rows,
+    Several,
+    Shared,
+    View,
+    constant_of,
+    lane_of,
+    resolved,
+    stacked,
+)
+from nnsight_vllm.worker.ops.containers import printed
+from nnsight_vllm.worker.ops.operations import FACTORIES
+from nnsight_vllm.worker.results.outbox import frozen_copy
+
+_FULL = Slice()
+
+
+@dataclass
+class Counts:
+    """Operations run in groups, a request a count: at once, and one by one, those by the operation's name too."""
+
+    batched: int = 0
+    one_by_one: int = 0
+    prevented: Counter[str] = field(default_factory=Counter)
+
+
+class GroupNodes:
+    """`alone` runs what has to be run request by request."""
+
+    def __init__(self, members: Members, calls: ModuleCalls, alone: Interpreter) -> None:
+        self._members = members
+        self._calls = calls
+        self._alone = alone
+        self._limits = alone.limits
+        # Kernels of the frequent edits, else torch's own operations are faster.
+        self.has_kernels = choose(alone.device) == "triton"
+        self.counts = Counts()
+        self._methods: dict[type, Callable[[Group, Any], Lane | None]] = {
+            Read: self.read,
+            Write: self.write,
+            Op: self.op,
+            Const: self.const,
+            Call: self.call,
+            Save: self.save,
+            Log: self.log,
+            Export: self.export,
+            Import: self.import_,
+        }
+
+    def run(self, group: Group, node: Any) -> Lane | None:
+        """The node's values, if it has any."""
+        return self._methods[type(node)](group, node)
+
+    def read(self, group: Group, node: Read) -> Lane:
+        assert group.place is not None
+        return View(group.place.current)
+
+    def const(self, group: Group, node: Const) -> Lane:
+        lane = group.parameter(int(node.digest))
+        if node.id not in group.program.copied:
+            return lane
+        return Items([lane.of(i).clone() for i in range(len(group))])
+
+    def write(self, group: Group, node: Write) -> None:
+        place = group.place
+        assert place is not None
+        work = place.current.tensor
+        lane = algebra.numbers_of(resolved(self._members.lane(group, node.value)), work.dtype)
+        new = torch.empty_like(work)
+        try:
+            if place.is_integer() or not isinstance(lane, Rows | Each | Shared):
+                raise Uncovered
+            new.copy_(fitted(place.name, lane, View(place.current).read(), work))
+            self._count(group, "write", True)
+        except Exception:
+            self._count(group, "write", False)
+            for i in range(len(group)):
+                rows = place.ragged.slice_of(i)
+                new[rows] = work[rows]
+                self._members.guard(
+                    group,
+                    i,
+                    lambda i=i, rows=rows: new[rows].copy_(fit(place.name, lane.of(i), work[rows])),  # type: ignore[misc]
+                )
+        place.assign(new)
+
+    def call(self, group: Group, node: Call) -> Lane:
+        lanes = [self._members.lane(group, arg) for arg in node.args]
+        lane = resolved(lanes[0]) if len(lanes) == 1 else None
+        if isinstance(lane, Rows | Each) and lane.tensor.ndim > 1:
+            try:
+                result = self._calls.call(node.module, [lane.tensor])
+                self._count(group, "call", True)
+                return Rows(result, lane.ragged) if isinstance(lane, Rows) else Each(result)
+            except Exception:  # some request's value: find out whose
+                self._count(group, f"call {node.module}", False)
+        return Items(
+            [
+                self._members.guard(group, i, lambda i=i: self._calls.call(node.module, [lane.of(i) for lane in lanes]))  # type: ignore[misc]
+                for i in range(len(group))
+            ]
+        )
+
+    def save(self, group: Group, node: Save) -> None:
+        if isinstance(node.value, Ref) and node.value.id in group.program.streams:
+            for member in group.members:
+                member.outbox.start(node.name)
+            return
+        self._send(group, node.name, self._members.lane(group, node.value), append=False)
+
+    def export(self, group: Group, node: Export) -> None:
+        lane = self._members.lane(group, node.value)
+        for i, member in enumerate(group.members):
+            self._members.guard(group, i, lambda i=i, member=member: self._alone.keep(member, node, lane.of(i)))  # type: ignore[misc]
+
+    def import_(self, group: Group, node: Import) -> Lane:
+        values = [
+            self._members.guard(group, i, partial(self._alone.draw, member, node))
+            for i, member in enumerate(group.members)
+        ]
+        if node.id in group.program.copied:
+            return Items([frozen_copy(value) for value in values])
+        return constant_of(values)
+
+    def log(self, group: Group, node: Log) -> None:
+        lanes = [self._members.lane(group, arg) for arg in node.args]
+        for i, member in enumerate(group.members):
+            self._members.guard(
+                group,
+                i,
+                lambda i=i, to=member.outbox: to.log(" ".join(printed(lane.of(i)) for lane in lanes)),  # type: ignore[misc]
+            )
+
+    def _send(self, group: Group, name: str, lane: Lane, append: bool) -> None:
+        lane = stacked(lane.values) or lane if isinstance(lane, Items) else lane
+        is_one = not group.dead and isinstance(lane, Rows | Each | View | Several | Shared)
+        if is_one and group.sheet.take(name, lane, append):
+            self._count(group, "save", True)
+            if excess := self._limits.excess(0, 0, group.sheet.num_bytes):
+                self._members.fail_all(group, InterventionError(excess))
+            return
+        self._count(group, "save", False)
+        group.sheet.spill([member.outbox for member in group.members], name)
+        group.sheet.by_request.add(name)
+        for i, member in enumerate(group.members):
+            send = member.outbox.append if append else member.outbox.save
+            self._members.guard(group, i, lambda i=i, send=send: send(name, lane.of(i)))  # type: ignore[misc]
+
+    def op(self, group: Group, node: Op) -> Lane | None:
+        if node.name == "py.append":
+            target = node.args[0]
+            stream = group.program.streams.get(target.id) if isinstance(target, Ref) else None
+            if stream is not None:
+                self._send(group, stream, self._members.lane(group, node.args[1]), append=True)
+                return None
+        try:
+            if node.name in RANDOM or node.name in FACTORIES or node.name in MAY_CHANGE or "out" in node.kwargs:
+                raise Uncovered
+            result = self._change(group, node) if is_inplace(node.name) else self._compute(group, node)
+            self._count(group, node.name, True)
+            return result
+        except Uncovered:
+            self._count(group, node.name, False)
+        except Exception as error:  # some request's value: each by itself, and those that fail say so
+            self._count(group, f"{node.name}: {type(error).__name__}", False)
+        return self._one_by_one(group, node)
+
+    def _compute(self, group: Group, node: Op) -> Lane:
+        """A new value, or a part of one."""
+        rule = rule_of(node.name)
+        if rule.kind is Kind.INDEX:
+            return self._index(group, node)
+        if node.name == "py.attr":
+            return self._attribute(group, node)
+        args = [self._members.lane(group, arg) for arg in node.args]
+        kwargs = {key: self._members.lane(group, value) for key, value in node.kwargs.items()}
+        operation = self._alone.guard.operation("torch.matmul" if rule.kind is Kind.MATMUL else node.name)
+        if all(isinstance(lane, Shared) for lane in [*args, *kwargs.values()]):
+            if rule.kind is Kind.OPAQUE or group.program.changes_values:
+                raise Uncovered
+            return Shared(
+                operation(*[lane.of(0) for lane in args], **{key: lane.of(0) for key, lane in kwargs.items()})
+            )
+        if node.name in {"tensor.to", "tensor.contiguous", "tensor.detach"} and group.program.changes_values:
+            raise Uncovered  # it may give the value itself
+        if rule.kind is Kind.POINTWISE:
+            args = _spread_shared(args, len(group))
+        return algebra.compute(rule, node.name, operation, args, kwargs)
+
+    def _index(self, group: Group, node: Op) -> Lane:
+        target = self._members.lane(group, node.args[0])
+        if node.args[1] == _FULL and isinstance(target, View):
+            return target
+        is_kept = group.program.changes_values
+        if isinstance(target, Items) and not is_kept:
+            target = resolved(target)
+        return algebra.part(target, self._key(group, node.args[1]), is_kept)
+
+    def _attribute(self, group: Group, node: Op) -> Lane:
+        target, name = self._members.lane(group, node.args[0]), node.args[1]
+        if not isinstance(target, Several):
+            raise Uncovered
+        names = list(getattr(target.make, "__match_args__", ()))
+        if name not in names:
+            raise Uncovered
+        return target.lanes[names.index(str(name))]
+
+    def _key(self, group: Group, arg: Arg) -> list[Any]:
+        elements = arg.items if isinstance(arg, Tuple) else [arg]
+        return [self._element(group, element) for element in elements]
+
+    def _element(self, group: Group, arg: Arg) -> Any:
+        match arg:
+            case None:
+                return None
+            case Dots():
+                return Ellipsis
+            case Slice():
+                ends = [
+                    None if end is None else self._members.lane(group, end) for end in (arg.start, arg.stop, arg.step)
+                ]
+                return slice(*ends)
+            case List():
+                raise Uncovered
+            case _:
+                return self._members.lane(group, arg)
+
+    def _change(self, group: Group, node: Op) -> Lane:
+        """In place: on the site where the program stands, or on a value of the group's own."""
+        is_item = node.name == "py.setitem"  # its key is looked at by itself
+        args = [
+            Shared(None) if is_item and i == 1 else self._members.lane(group, arg) for i, arg in enumerate(node.args)
+        ]
+        target = args[0]
+        place = group.place
+        is_site = place is not None and isinstance(target, View) and target.memory is place.current
+        if node.writes is not None and (not is_site or place is None or place.name != node.writes):
+            raise Uncovered
+        if is_site:
+            assert isinstance(target, View) and place is not None
+            return self._change_site(group, node, target, args)
+        if isinstance(target, View) and not isinstance(target.memory, Held):
+            raise Uncovered
+        if not isinstance(target, Rows | Each | View):
+            raise Uncovered
+        if place is not None and isinstance(target, Rows | Each) and place.aliases(target.tensor):
+            raise Uncovered
+        self._apply(group, node, target, args)
+        storage = target.memory.tensor if isinstance(target, View) else target.tensor
+        for member in group.members:
+            member.outbox.changed(storage)
+        return target
+
+    def _change_site(self, group: Group, node: Op, target: View, args: list[Lane]) -> Lane:
+        place = group.place
+        assert place is not None
+        if place.is_integer():
+            for lane in args[2:] if node.name == "py.setitem" else args[1:]:
+                if isinstance(lane, Items):
+                    raise Uncovered
+                refuse_floats(place.name, [lane.of(0)])
+        sign = ADDS.get(node.name)
+        if sign is not None and len(args) == 2 and not node.kwargs and (part := place.addend()) is not None:
+            value = args[1]
+            is_plain = target.pick is None and not target.columns and target.own is None
+            is_plain = is_plain and not self.has_kernels
+            if is_plain and place.ragged.is_single and isinstance(value, Each) and value.tensor.shape == part.shape:
+                part.add_(value.tensor, alpha=sign)
+                place.put_addend(part)
+                return target
+            view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
+            operation = torch.Tensor.add_ if sign > 0 else torch.Tensor.sub_
+            if not by_table(group, node, view, self.has_kernels):
+                in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
+            place.put_addend(part)
+        else:
+            place.change(partial(self._apply, group, node, target, args))
+        return target
+
+    def _apply(self, group: Group, node: Op, target: Lane, args: list[Lane]) -> None:
+        if by_table(group, node, target, self.has_kernels):
+            return
+        kwargs = {key: self._members.lane(group, value) for key, value in node.kwargs.items()}
+        if node.name == "py.setitem":
+            self._set_part(target, self._key(group, node.args[1]), args[2])
+        elif rule_of(node.name).kind is Kind.POINTWISE:
+            in_place(node.name, self._alone.guard.operation(node.name), target, args[1:], kwargs)
+        else:
+            raise Uncovered
+
+    def _set_part(self, target: Lane, key: list[Any], value: Lane) -> None:
+        rest = key[1:]
+        is_scattered = bool(rest) and algebra.is_full(key[0]) and algebra.has_tensors(rest)
+        if is_scattered and isinstance(target, View | Rows):
+            view = target if isinstance(target, View) else View(Held(target.tensor, target.ragged))
+            if view.pick is not None or view.columns:
+                raise Uncovered
+            tensor, ragged = view.memory.tensor, view.memory.ragged
+            value = algebra.numbers_of(value, tensor.dtype)
+            at = algebra.column_index(rest, ragged)
+            shape = tensor[at].shape
+            tensor[at] = spread_value(value, ragged, len(shape), tensor.dtype)
+            return
+        if isinstance(target, View | Rows | Each):
+            value = algebra.numbers_of(value, dtype_of(target))
+        part = algebra.part(target, key, True)
+        in_place("tensor.copy_", torch.Tensor.copy_, part, [value], {})
+
+    def _one_by_one(self, group: Group, node: Op) -> Lane | None:
+        """Every request by itself, on its own part of the same memory."""
+        results: list[Any] = []
+        last = perf_counter()
+        for i, member in enumerate(group.members):
+            member.place = None if group.place is None else group.place.share(i)
+            results.append(self._members.guard(group, i, partial(self._alone_op, group, node, i)))
+            member.place = None
+            now = perf_counter()
+            self._members.guard(group, i, partial(self._members.charge, group, i, now - last))
+            last = now
+        return lane_of(results)
+
+    def _alone_op(self, group: Group, node: Op, i: int) -> Any:
+        args = [self._members.own(group, arg, i) for arg in node.args]
+        kwargs = {key: self._members.own(group, value, i) for key, value in node.kwargs.items()}
+        return self._alone.perform(group.members[i], node, args, kwargs)
+
+    def _count(self, group: Group, name: str, is_batched: bool) -> None:
+        if is_batched:
+            self.counts.batched += len(group)
+        else:
+            self.counts.one_by_one += len(group)
+            self.counts.prevented[name] += len(group)
+
+
+def _spread_shared(args: list[Lane], num: int) -> list[Lane]:
+    """A tensor that all share beside numbers of each one's own: seen as a tensor each, without a copy."""
+    if not any(isinstance(lane, Items) for lane in args) or any(isinstance(lane, Each | Rows | View) for lane in args):
+        return args
+    return [
+        Each(lane.value.expand(num, *lane.value.shape))
+        if isinstance(lane, Shared) and isinstance(lane.value, Tensor)
+        else lane
+        for lane in args
+    ]

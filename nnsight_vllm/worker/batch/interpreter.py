@@ -1,0 +1,355 @@
+"""Runs one request's program, instruction by instruction, until it waits or is over.
+
+One method an instruction kind. A method returns False where the program has to wait; anything it raises is the
+request's failure, which the executor records.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nnsight_vllm.errors import InterventionError, OutOfOrderError
+from nnsight_vllm.graph.nodes import Arg, Call, Const, Export, Import, Log, Op, Read, Ref, Save, Write
+from nnsight_vllm.graph.ops import RANDOM, is_inplace
+from nnsight_vllm.plan.edits import ADDS
+from nnsight_vllm.plan.instructions import (
+    At,
+    Branch,
+    End,
+    Free,
+    Halt,
+    IterBegin,
+    IterNext,
+    Jump,
+    LoopBegin,
+    LoopNext,
+    Move,
+    Run,
+)
+from nnsight_vllm.plan.program import SAMPLES
+from nnsight_vllm.wire.limits import Limits
+from nnsight_vllm.worker.batch.places import Place
+from nnsight_vllm.worker.batch.requests import IterationsFrame, LoopFrame, Request, Wait
+from nnsight_vllm.worker.ops.containers import check_container, printed
+from nnsight_vllm.worker.ops.guard import Guard
+from nnsight_vllm.worker.ops.operations import FACTORIES, OPERATIONS, evaluate
+from nnsight_vllm.worker.ops.usage import Holdings, bytes_of, over_time
+from nnsight_vllm.worker.results.exports import Exports
+from nnsight_vllm.worker.results.outbox import frozen_copy
+
+END = 2**31
+_FILLS = {"py.append", "py.extend", "py.insert", "py.update", "py.list", "py.dict", "py.tuple"}
+
+
+class ModuleCalls(Protocol):
+    """Applies a module of the model to values, ad hoc."""
+
+    def call(self, module_path: str, args: list[Any]) -> Tensor: ...
+
+
+class Interpreter:
+    """`orders`: site name -> its place in the model's firing order. `exports`: what requests hand to each other.
+
+    `holdings`: the memory of all requests' values. `step` is the number of the step that runs.
+    """
+
+    def __init__(
+        self,
+        orders: Mapping[str, int],
+        calls: ModuleCalls,
+        device: torch.device,
+        exports: Exports,
+        limits: Limits,
+        holdings: Holdings,
+    ) -> None:
+        self._orders = orders
+        self._exports = exports
+        self._calls = calls
+        self.device = device
+        self.limits = limits
+        self.holdings = holdings
+        self.guard = Guard(limits)
+        self.step = 0
+        self.num_run = 0  # nodes
+        self._methods: dict[type, Callable[[Request, Any], bool]] = {
+            At: self.at,
+            Run: self.run_node,
+            Halt: self.halt,
+            Branch: self.branch,
+            Jump: self.jump,
+            Move: self.move,
+            LoopBegin: self.loop_begin,
+            LoopNext: self.loop_next,
+            IterBegin: self.iter_begin,
+            IterNext: self.iter_next,
+            Free: self.free,
+            End: self.end,
+        }
+        self._nodes: dict[type, Callable[[Request, Any], Any]] = {
+            Read: self.read,
+            Write: self.write,
+            Op: self.op,
+            Const: self.const,
+            Call: self.call,
+            Save: self.save,
+            Log: self.log,
+            Export: self.export,
+            Import: self.import_,
+        }
+
+    def run(self, request: Request) -> None:
+        """Go on until the program waits (`request.wait`) or is over. Raises what its time being up raises."""
+        spent, began = request.spent.at(self.step), perf_counter()
+        until, waits = began + self.limits.seconds - spent.seconds, False
+        try:
+            while request.is_running and not waits:
+                instruction = request.program.code[request.pc]
+                request.pc += 1
+                waits = not self._methods[type(instruction)](request, instruction)
+                if perf_counter() > until and request.is_running:
+                    raise over_time(perf_counter() - until + self.limits.seconds, self.limits)
+        finally:
+            spent.seconds += perf_counter() - began
+            request.pc -= waits
+
+    def keeps_token(self, request: Request) -> bool:
+        """Whether this iteration's token was drawn and seen before the program got here."""
+        return request.order >= self._orders[SAMPLES]
+
+    def at(self, request: Request, at: At) -> bool:
+        iteration = request.absolute(at.iteration)
+        if at.site is None:
+            request.wait = Wait(None, iteration)
+            return request.iteration >= iteration
+        if request.iteration == iteration and request.place is not None and request.place.name == at.site:
+            return True
+        self._check_ahead(request, at.site, iteration)
+        request.wait = Wait(at.site, iteration)
+        return False
+
+    def run_node(self, request: Request, run: Run) -> bool:
+        node = run.node
+        request.node = node.id
+        self.num_run += 1
+        result = self._nodes[type(node)](request, node)
+        if not isinstance(node, Write | Save | Log | Export):
+            request.env[node.id] = result
+            if self.holdings.made(bytes_of(result)):
+                self._check_held(request)
+        _free(request, run.free)
+        return True
+
+    def _check_held(self, request: Request) -> None:
+        if excess := self.holdings.excess(request.spent.held):
+            raise InterventionError(excess)
+
+    def halt(self, request: Request, halt: Halt) -> bool:
+        request.stop(self.keeps_token(request))
+        return True
+
+    def branch(self, request: Request, branch: Branch) -> bool:
+        request.node = branch.node
+        if not evaluate(branch.test, request.env):
+            request.pc = branch.target
+        return True
+
+    def jump(self, request: Request, jump: Jump) -> bool:
+        request.pc = jump.target
+        return True
+
+    def move(self, request: Request, move: Move) -> bool:
+        values = [evaluate(value, request.env) for value in move.values]
+        request.env.update(zip(move.ids, values, strict=True))
+        _free(request, move.free)
+        return True
+
+    def loop_begin(self, request: Request, begin: LoopBegin) -> bool:
+        request.node = begin.node
+        request.frames.append(LoopFrame(self.items_of(evaluate(begin.over, request.env))))
+        return True
+
+    def items_of(self, over: Any) -> list[Any]:
+        """What a loop goes over. Raises where that's more than the trips it may make."""
+        num = over.shape[0] if isinstance(over, Tensor) and over.ndim else len(over)
+        if num > self.limits.trips:
+            raise InterventionError(f"a loop over {num} items; the limit `trips` is {self.limits.trips}")
+        return list(over)
+
+    def loop_next(self, request: Request, step: LoopNext) -> bool:
+        frame = request.frames[-1]
+        assert isinstance(frame, LoopFrame)
+        if frame.position < len(frame.items):
+            request.spent.at(self.step).trip(self.limits)
+            request.env[step.item] = frame.items[frame.position]
+            frame.position += 1
+            return True
+        request.frames.pop()
+        request.pc = step.exit
+        return True
+
+    def iter_begin(self, request: Request, begin: IterBegin) -> bool:
+        start, stop, step = (evaluate(bound, request.env) for bound in (begin.start, begin.stop, begin.step))
+        request.frames.append(IterationsFrame(start, END if stop is None else stop, step))
+        return True
+
+    def iter_next(self, request: Request, step: IterNext) -> bool:
+        frame = request.frames[-1]
+        assert isinstance(frame, IterationsFrame)
+        if frame.advance():
+            request.env[step.index] = frame.current
+            return True
+        request.frames.pop()
+        request.pc = step.exit
+        return True
+
+    def free(self, request: Request, free: Free) -> bool:
+        _free(request, free.ids)
+        return True
+
+    def end(self, request: Request, end: End) -> bool:
+        request.end()
+        return True
+
+    def read(self, request: Request, node: Read) -> Tensor:
+        return request.place_at(node.site).work
+
+    def write(self, request: Request, node: Write) -> None:
+        request.place_at(node.site).assign(evaluate(node.value, request.env))
+
+    def const(self, request: Request, node: Const) -> Tensor:
+        tensor: Tensor = request.env[int(node.digest)]
+        return tensor.clone() if node.id in request.program.copied else tensor
+
+    def call(self, request: Request, node: Call) -> Tensor:
+        return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
+
+    def save(self, request: Request, node: Save) -> None:
+        if isinstance(node.value, Ref) and node.value.id in request.program.streams:
+            request.outbox.start(node.name)
+        else:
+            request.outbox.save(node.name, evaluate(node.value, request.env))
+
+    def log(self, request: Request, node: Log) -> None:
+        request.outbox.log(" ".join(printed(evaluate(arg, request.env)) for arg in node.args))
+
+    def export(self, request: Request, node: Export) -> None:
+        self.keep(request, node, evaluate(node.value, request.env))
+
+    def import_(self, request: Request, node: Import) -> Any:
+        value = self.draw(request, node)
+        return frozen_copy(value) if node.id in request.program.copied else value
+
+    def keep(self, request: Request, node: Export, value: Any) -> None:
+        """Keep a request's value for others of its bundle."""
+        self._exports.make(request.links, request.parameters[int(node.key)], value)
+
+    def draw(self, request: Request, node: Import) -> Any:
+        """Another request's value. It is everybody's."""
+        key = request.parameters[int(node.key)]
+        value = self._exports.draw(request.links, key)
+        request.drawn.add(key)
+        return value
+
+    def op(self, request: Request, node: Op) -> Any:
+        args = [evaluate(arg, request.env) for arg in node.args]
+        kwargs = {key: evaluate(value, request.env) for key, value in node.kwargs.items()}
+        return self.perform(request, node, args, kwargs)
+
+    def perform(self, request: Request, node: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """One operation on values that are there."""
+        stream = _stream(request, node)
+        if stream is not None:
+            request.outbox.append(stream, args[1])
+            return None
+        is_filling = _fills_container(node.name, args)
+        if is_filling:
+            check_container([args[1:] if args and isinstance(args[0], list | dict) else args, *kwargs.values()])
+        if request.place is not None and is_filling:
+            args = [_settled_arg(arg, value, request.place) for arg, value in zip(node.args, args, strict=True)]
+            kwargs = {key: _settled_arg(node.kwargs[key], value, request.place) for key, value in kwargs.items()}
+        if node.writes is not None:
+            return self._write_in_place(request.place_at(node.writes), node.name, args, kwargs, request)
+        targets = _changed(node.name, args, kwargs)
+        if request.place is not None and any(isinstance(t, Tensor) and request.place.aliases(t) for t in targets):
+            # The recorder couldn't tell that this is a view of the site where the program stands.
+            return self._write_in_place(request.place, node.name, args, kwargs, request)
+        result = self._apply(request, node.name, args, kwargs)
+        for target in targets:
+            request.outbox.changed(target)
+        return result
+
+    def _write_in_place(
+        self, place: Place, name: str, args: list[Any], kwargs: dict[str, Any], request: Request
+    ) -> Any:
+        place.refuse_floats(args[2:] if name == "py.setitem" else args[1:])
+        if name in ADDS and len(args) == 2 and not kwargs and place.add(args[0], args[1], ADDS[name]):
+            return args[0]
+        return place.change(lambda: self._apply(request, name, args, kwargs))
+
+    def _apply(self, request: Request, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name in FACTORIES and self.device.type != "cpu":
+            kwargs.setdefault("device", self.device)
+        self.guard.allow(name, args, kwargs)
+        if name not in RANDOM:
+            return OPERATIONS[name](*args, **kwargs)
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(request.draw_seed())
+            return OPERATIONS[name](*args, **kwargs)
+
+    def _check_ahead(self, request: Request, site: str, iteration: int) -> None:
+        here = (request.iteration, request.order)
+        if (iteration, self._orders[site]) <= here:
+            raise OutOfOrderError(f"{site} at iteration {iteration} has passed: the request is at iteration {here[0]}")
+
+
+def _settled_arg(arg: Arg, value: Any, place: Place) -> Any:
+    """A value as a container takes it. A list or dict that exists already keeps its identity."""
+    if isinstance(arg, Ref) and isinstance(value, list | dict):
+        return value
+    return settled(value, place)
+
+
+def settled(value: Any, place: Place) -> Any:
+    """What aliases the place is copied, inside lists, tuples and dicts too: it's the value of this moment."""
+    match value:
+        case Tensor():
+            return value.clone() if place.aliases(value) else value
+        case list():
+            return [settled(item, place) for item in value]
+        case tuple():
+            items = tuple(settled(item, place) for item in value)
+            return value if all(map(operator.is_, items, value)) else items
+        case dict():
+            return {key: settled(item, place) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _fills_container(name: str, args: list[Any]) -> bool:
+    if name in _FILLS:
+        return True
+    return name in {"py.setitem", "py.iadd"} and bool(args) and isinstance(args[0], list | dict)
+
+
+def _changed(name: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Values that an operation changed in place."""
+    targets = [*args, kwargs.get("input")][:1] if is_inplace(name) else []
+    return [*targets, kwargs["out"]] if "out" in kwargs else targets
+
+
+def _stream(request: Request, node: Op) -> str | None:
+    """The name under which an append goes home at once."""
+    target = node.args[0] if node.name == "py.append" else None
+    return request.program.streams.get(target.id) if isinstance(target, Ref) else None
+
+
+def _free(request: Request, ids: tuple[int, ...]) -> None:
+    for id in ids:
+        request.env.pop(id, None)

@@ -1,0 +1,142 @@
+"""Prompts that the engine computes in several steps, or that begin in the prefix cache.
+
+A piece that isn't the prompt's last one runs as a unit of its own, for that step only, with a graph that does what is to be
+done with its rows. What it saves is held here. In the step with the prompt's last rows the request's own program runs, with
+what was held as constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from nnsight_vllm.errors import InterventionError
+from nnsight_vllm.graph.codec import decode
+from nnsight_vllm.graph.nodes import Graph
+from nnsight_vllm.plan.chunking import Whole, cut_of
+from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.program import ProgramCache
+from nnsight_vllm.plan.template import Digest, parameter_of
+from nnsight_vllm.worker.batch.group import Group
+from nnsight_vllm.worker.batch.prompt_progress import Progress
+from nnsight_vllm.worker.batch.requests import Request, interrupted
+from nnsight_vllm.worker.batch.tensor_store import Store
+
+Excess = Callable[[Request, int, int], str]
+"""What's over its limit if a request holds so many bytes and all of them so many; empty where nothing is."""
+
+
+@dataclass(kw_only=True)
+class Piece(Request):
+    """A request for one step with a piece of its prompt. Its failure is its owner's."""
+
+    owner: Request
+
+    def fail(self, error: BaseException, keep_token: bool) -> None:
+        super().fail(error, keep_token)
+        if self.owner.is_running:
+            self.owner.node = self.node
+            self.owner.fail(error, keep_token=False)
+
+
+class Prefill:
+    """`pieces`: of this step. `joined`: requests whose prompt's last piece is in this step, and their constants of held rows."""
+
+    def __init__(
+        self, programs: ProgramCache, store: Store, trailing: Callable[[str], int], device: torch.device
+    ) -> None:
+        self.pieces: list[Piece] = []
+        self.joined: list[tuple[Request, list[int], str]] = []
+        self.num_held = 0  # bytes
+        self._programs = programs
+        self._store = store
+        self._trailing = trailing
+        self._device = device
+
+    def unit(self, request: Request, position: int, count: int) -> Request | None:
+        """What runs on these rows of a prompt: the request, a piece of it, or nobody. Raises `PreemptedError`."""
+        progress, end = request.progress, position + count
+        assert progress is not None
+        if end > request.prompt_length or (progress.computed and position != progress.computed):
+            raise interrupted(request, position, count)
+        if count == request.prompt_length:
+            request.progress = None
+            return request
+        if progress.cut is None:
+            progress.cut = self._cut(request, progress.graph)
+        progress.computed = end
+        if end == request.prompt_length:
+            self._finish(request, progress, progress.cut, position)
+            return request
+        if isinstance(progress.cut, Whole):
+            raise interrupted(request, position, count)
+        graph = progress.cut.piece(position, end)
+        return None if graph is None else self._piece(request, graph)
+
+    def collect(self, excess: Excess) -> None:
+        """The step is over: hold what its pieces saved."""
+        for piece in self.pieces:
+            request = piece.owner
+            piece.leave_iteration()
+            if request.progress is None or not request.is_running:
+                continue
+            for key, rows in piece.outbox.values().items():
+                self.num_held += request.progress.hold(key, rows)
+            if over := excess(request, request.progress.num_bytes, self.num_held):
+                self.num_held -= request.progress.let_go(over)
+        self.pieces = []
+
+    def forget(self, groups: Iterable[Group]) -> None:
+        """The last pieces' step is over, so nobody needs the rows of those before."""
+        for request, ids, _ in self.joined:
+            for id in ids:
+                request.parameters.pop(id, None)
+                request.env.pop(id, None)
+            for group in groups:
+                if any(member is request for member in group.members):
+                    group.forget(ids)
+        self.joined = []
+
+    def drop(self, request: Request) -> None:
+        """The request is gone."""
+        if request.progress is not None:
+            self.num_held -= request.progress.let_go()
+            request.progress = None
+
+    def _cut(self, request: Request, graph: bytes) -> Cut | Whole:
+        return cut_of(decode(graph), self._trailing, lambda digest: self._store.get(digest).ndim, request.prompt_length)
+
+    def _piece(self, request: Request, graph: Graph) -> Piece:
+        piece = Piece(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
+        piece.spent, piece.outbox = request.spent, request.outbox.another()
+        self._load(piece, graph, {})
+        self.pieces.append(piece)
+        return piece
+
+    def _finish(self, request: Request, progress: Progress, cut: Cut | Whole, position: int) -> None:
+        """The prompt's last rows come: have its program know where they begin, and what was held."""
+        graph = None if isinstance(cut, Whole) else cut.last(position)
+        if isinstance(cut, Cut) and graph is not None:
+            keys = {sent.key: position for sents in cut.sent.values() for sent in sents}
+            ids = self._load(request, graph, keys)
+            self.joined.append((request, ids, progress.excess))
+        self.drop(request)
+
+    def _load(self, unit: Request, graph: Graph, keys: dict[str, int]) -> list[int]:
+        """Give a unit a program. `keys`: constants that are rows of the pieces before, which end at a position."""
+        unit.program, parameters = self._programs.of(graph)
+        unit.parameters, held = {}, []
+        for number, value in enumerate(parameters):
+            id = parameter_of(number)
+            if isinstance(value, Digest) and value.text in keys:
+                held.append(id)
+                rows = None if unit.progress is None else unit.progress.joined(value.text, self._device)
+                if rows is None:
+                    raise InterventionError(f"rows before position {keys[value.text]} of the prompt weren't computed")
+                unit.parameters[id] = rows
+            else:
+                unit.parameters[id] = self._store.value_of(value)
+        unit.env = dict(unit.parameters)
+        return held

@@ -1,0 +1,216 @@
+"""One HTTP request's intervention on its way through vLLM's handlers: into the engine with each of its prompts, and back.
+
+vLLM's handlers know nothing of it. It is in the request's context, where `generate` finds it; what comes home waits here
+for the answer, by choice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.frontend.served_engine import Heard
+from nnsight_vllm.graph.codec import encode
+from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.server import metrics
+from nnsight_vllm.server.answers import How, Told
+from nnsight_vllm.server.edited import EditedModel
+from nnsight_vllm.server.errors import Failed, Refused
+from nnsight_vllm.server.schema import Intervention
+from nnsight_vllm.server.short import Lowered, lower
+from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.trace.backend import Prompt, Request
+from nnsight_vllm.worker.seam.vllm_seam import FIELD
+
+RESULTS = "/v1/interventions/results"
+
+current: ContextVar[Carried | None] = ContextVar("carried", default=None)
+
+
+class Carried:
+    """The intervention of a request, the edited model that it names, or both. `tenant`: whose it is."""
+
+    def __init__(
+        self, state: Interventions, tenant: str, intervention: Intervention | None, edited: EditedModel | None
+    ) -> None:
+        self.told: dict[int, Told] = {}  # by the number of the choice
+        self._state = state
+        self._tenant = tenant
+        self._intervention = intervention
+        self._edited = edited
+        self.refusal: Refused | None = None
+        self._num_choices = 0
+        self._num_due = 0  # prompts that weren't judged yet
+        self._ids: list[str] = []
+        self._failure = ""
+        self._whole: Lowered | None = None  # a graph that doesn't depend on the prompt
+
+    async def read(self) -> None:
+        """Read a whole graph once, on a thread: a large one takes a while. Raises `Refused`."""
+        if self._intervention is not None and self._intervention.graph is not None:
+            self._whole = await asyncio.to_thread(self._own, self._intervention, 0, None)
+
+    def entry(self, route: str) -> dict[str, object] | None:
+        """What the journal tells of it when it's over. `left`: its client went before the end. None for what was refused."""
+        if not self._ids:
+            return None
+        over = sum(told.is_over for told in self.told.values())
+        outcome = self._failure or ("answered" if over == self._num_choices else "left")
+        return {
+            "id": ",".join(self._ids),
+            "route": route,
+            "tenant": self._tenant,
+            "edited": self._edited.name if self._edited else "",
+            "choices": self._num_choices,
+            "outcome": outcome,
+        }
+
+    def require_run(self) -> None:
+        """Raise `Refused` where an answer was made without the engine: it would pass for one of the edited model."""
+        if not self._num_choices:
+            raise Refused(
+                "this request was answered without running the model, and so without its intervention", "intervention"
+            )
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether all prompts that came so far were judged: taken, or one of them refused."""
+        return self.refusal is not None or (self._num_choices > 0 and self._num_due == 0)
+
+    def generate(
+        self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's `generate` with the graphs. A refusal is raised by its first step, and is in `refusal`."""
+        first, self._num_choices = self._num_choices, self._num_choices + params.n
+        self._num_due += 1
+        return self._generated(generate, prompt, params, id, first)
+
+    async def _generated(
+        self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str, first: int
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            request, tensors, lowered = await asyncio.to_thread(self._taken, prompt, params)
+        except Refused as error:
+            self.refusal = error
+            raise
+        self._num_due -= 1
+        metrics.count_request(request.graphs)
+        self._ids.append(id)
+        how = How(
+            frozenset(name for name, saved in lowered.names.items() if saved.over_iterations)
+            if lowered
+            else frozenset(),
+            frozenset(name for name, saved in lowered.names.items() if saved.stream) if lowered else frozenset(),
+            self._state.limits.inline_result_bytes,
+            self._keep,
+        )
+        async with aclosing(self._state.engine.carried(generate, id, request, tensors)) as heard_ones:
+            async for heard in heard_ones:
+                if heard.failure is not None:
+                    metrics.count_failed(heard.failure.kind)
+                    self._failure = heard.failure.kind
+                    raise failed(heard.failure)
+                self._tell(heard, how, first)
+                yield heard.output
+
+    def _tell(self, heard: Heard, how: How, first: int) -> None:
+        for sample, fresh in heard.fresh.items():
+            self.told.setdefault(first + sample, Told(how)).add(fresh)
+        for completion in heard.output.outputs:
+            told = self.told.setdefault(first + completion.index, Told(how))
+            told.is_over = completion.finish_reason is not None
+            told.is_stopped = completion.index in heard.stopped
+
+    def _taken(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
+        """On a thread, since a large graph takes seconds. Raises `Refused`."""
+        request, tensors, lowered = self._lowered(prompt, params)
+        try:
+            self._state.engine.admit(request, tensors)
+        except NNsightError as error:
+            raise refused(error) from error
+        return request, tensors, lowered
+
+    def _lowered(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
+        if not isinstance(prompt, Mapping) or prompt.get("type") != "token":
+            raise Refused("a request with an intervention has text and token ids only", "intervention")
+        rows = len(prompt["prompt_token_ids"])
+        tensors: dict[str, bytes] = {}
+        edits: tuple[bytes, ...] = ()
+        if self._edited is not None:
+            known = self._edited.tensors
+            standing = self._standing(self._edited, rows, params.max_tokens)
+            edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
+        own = None
+        if self._intervention is not None:
+            own = self._whole or self._own(self._intervention, rows, params.max_tokens)
+            tensors = {**tensors, **own.tensors}
+        size, most_bytes = sum(map(len, tensors.values())), self._state.limits.constant_bytes
+        if size > most_bytes:
+            raise Refused(
+                f"{size} bytes of constants; the limit is {most_bytes}", "intervention", kind="AdmissionError"
+            )
+        request = Request(
+            Prompt(rows, prompt.get("prompt"), prompt),
+            params,
+            None if own is None else encode(own.graph),
+            frozenset(tensors),
+            edits,
+            tenant=self._state.engine.tenant(self._tenant),
+        )
+        return request, tensors, own
+
+    def _own(self, intervention: Intervention, rows: int, max_tokens: int | None) -> Lowered:
+        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+        return lower(intervention, tree, rows, max_tokens, self._tensor_of, most)
+
+    def _standing(self, edited: EditedModel, rows: int, max_tokens: int | None) -> Lowered:
+        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+        try:
+            return lower(edited.intervention, tree, rows, max_tokens, edited.tensor_of, most)
+        except Refused as error:
+            message = f"the edit {edited.name!r} can't go with this request: {error.param}: {error.message}"
+            raise Refused(message, "model", status=error.status, kind=error.kind) from None
+
+    def _tensor_of(self, reference: str, param: str) -> tuple[str, bytes]:
+        """The tenant's tensor. Raises `Refused` with the place where it is named."""
+        try:
+            return self._state.tensors.get(self._tenant, reference)
+        except Refused as error:
+            raise Refused(error.message, param, status=error.status, kind=error.kind) from None
+
+    def _keep(self, data: bytes) -> str:
+        return f"{RESULTS}/{self._state.results.add(self._tenant, data)}"
+
+
+def generate_with_graphs(generate: Callable[..., Any], prompt: Any, params: Any, id: str, **rest: Any) -> Any:
+    """In the place of the engine client's `generate`. Without an intervention it's vLLM's own call."""
+    if getattr(params, "extra_args", None) and any(str(name).startswith(FIELD) for name in params.extra_args):
+        raise Refused(f"fields that begin with {FIELD!r} are the server's own", "vllm_xargs")
+    carried = current.get()
+    if carried is None:
+        return generate(prompt, params, id, **rest)
+    return carried.generate(partial(generate, **rest), prompt, params, id)
+
+
+def refused(error: NNsightError) -> Refused:
+    """An error of ours, for a stranger."""
+    return Refused(str(error), "intervention", kind=type(error).__name__)
+
+
+def failed(failure: Failure) -> Failed:
+    """A graph that failed while it ran, for a stranger."""
+    if failure.retryable:
+        return Failed(
+            f"{failure.message}; send the request again",
+            "intervention",
+            status=HTTPStatus.TOO_MANY_REQUESTS,
+            kind=failure.kind,
+            headers={"Retry-After": "1"},
+        )
+    return Failed(f"the graph failed: {failure.message}", "intervention", kind=failure.kind)
