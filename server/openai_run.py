@@ -26,7 +26,7 @@ from nnsight_vllm.server.schema import Intervention
 from nnsight_vllm.server.short import Lowered, lower
 from nnsight_vllm.server.state import Interventions
 from nnsight_vllm.trace.backend import Prompt, Request
-from nnsight_vllm.worker.seam.vllm_seam import FIELD
+from nnsight_vllm.wire.extras import KEY
 
 RESULTS = "/v1/interventions/results"
 
@@ -190,8 +190,8 @@ class Carried:
 
 def generate_with_graphs(generate: Callable[..., Any], prompt: Any, params: Any, id: str, **rest: Any) -> Any:
     """In the place of the engine client's `generate`. Without an intervention it's vLLM's own call."""
-    if getattr(params, "extra_args", None) and any(str(name).startswith(FIELD) for name in params.extra_args):
-        raise Refused(f"fields that begin with {FIELD!r} are the server's own", "vllm_xargs")
+    if getattr(params, "extra_args", None) and any(str(name).startswith(KEY) for name in params.extra_args):
+        raise Refused(f"fields that begin with {KEY!r} are the server's own", "vllm_xargs")
     carried = current.get()
     if carried is None:
         return generate(prompt, params, id, **rest)

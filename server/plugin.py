@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
@@ -25,7 +26,6 @@ from nnsight_vllm.server.state import Interventions
 from nnsight_vllm.server.tenants import Tenants
 from nnsight_vllm.server.tensors import TensorStore
 from nnsight_vllm.trace.source import hide_lines
-from nnsight_vllm.worker.seam.vllm_seam import wrap
 
 NAME = "nnsight_vllm"
 
@@ -68,7 +68,7 @@ class Plugin:
         tenants: Tenants = args.intervention_tenants
         loop, thread = asyncio.get_running_loop(), threading.current_thread()
         engine = await asyncio.to_thread(ServedEngine, engine_client, loop, thread, limits.stored_bytes_in_all)
-        wrap(engine_client, "generate", generate_with_graphs)
+        engine_client.generate = functools.partial(generate_with_graphs, engine_client.generate)
         state.interventions = Interventions(
             engine=engine,
             base_names=list(args.served_model_name or [args.model]),

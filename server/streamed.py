@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from nnsight_vllm.errors import InterventionError, NNsightError
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.trace_codec import answered, encode_frame, noticed
-from nnsight_vllm.trace.events import Notice, Run
+from nnsight_vllm.trace.events import Notice, RunningTrace
 from nnsight_vllm.trace.events import Receive as Listen
 from nnsight_vllm.wire.trace import FRAMES, Broken
 
@@ -21,7 +21,7 @@ from nnsight_vllm.wire.trace import FRAMES, Broken
 class Streamed(StreamingResponse):
     """Runs the requests when it is sent; a client that goes ends them. `held` is given back at its end."""
 
-    def __init__(self, start: Callable[[Listen], Run], held: ExitStack) -> None:
+    def __init__(self, start: Callable[[Listen], RunningTrace], held: ExitStack) -> None:
         self._held = held
         self._frames = _frames(start)
         super().__init__(self._frames, media_type=FRAMES)
@@ -41,7 +41,7 @@ def not_run(error: NNsightError) -> Refused:
     return Refused(str(error), "requests", kind=type(error).__name__)
 
 
-async def _frames(start: Callable[[Listen], Run]) -> AsyncGenerator[bytes, None]:
+async def _frames(start: Callable[[Listen], RunningTrace]) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
     notices: asyncio.Queue[Notice | None] = asyncio.Queue()
 
@@ -61,7 +61,7 @@ async def _frames(start: Callable[[Listen], Run]) -> AsyncGenerator[bytes, None]
             run.abort()
 
 
-def _end(run: Run) -> bytes:
+def _end(run: RunningTrace) -> bytes:
     try:
         return encode_frame(answered(run.outcomes.result()))
     except NNsightError as error:

@@ -19,7 +19,7 @@ from nnsight_vllm.wire.trace import (
     SentOutcome,
     SentSample,
 )
-from nnsight_vllm.worker.results.outbox import encode_value
+from nnsight_vllm.wire.values import encode_value
 
 _encoder = msgspec.msgpack.Encoder()
 

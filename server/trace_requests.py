@@ -18,8 +18,8 @@ from nnsight_vllm.server import metrics
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.links import Linked, check_links
 from nnsight_vllm.trace.backend import Prompt, Request
+from nnsight_vllm.wire.extras import KEY
 from nnsight_vllm.wire.trace import MISSING, Asked, Prepared, SentRequest, SentTrace, Settled
-from nnsight_vllm.worker.seam.vllm_seam import FIELD
 
 if TYPE_CHECKING:
     from nnsight_vllm.frontend.served_engine import ServedEngine
@@ -155,7 +155,7 @@ class Received:
     def _sampling(self, arguments: dict[str, Any], param: str) -> Any:
         extra = arguments.get("extra_args")
         names = [*arguments, *(extra if isinstance(extra, dict) else ())]
-        ours = next((name for name in names if name in _OURS or name.startswith(("_", FIELD))), None)
+        ours = next((name for name in names if name in _OURS or name.startswith(("_", KEY))), None)
         if ours is not None:
             raise Refused(f"the server sets {ours!r} itself", param, kind="AdmissionError")
         try:

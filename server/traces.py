@@ -32,7 +32,7 @@ from nnsight_vllm.server.streamed import Streamed, not_run
 from nnsight_vllm.server.trace_codec import encode_outcomes
 from nnsight_vllm.server.trace_requests import Missing, Received
 from nnsight_vllm.trace.backend import Outcome
-from nnsight_vllm.trace.events import Receive, Run
+from nnsight_vllm.trace.events import Receive, RunningTrace
 from nnsight_vllm.trace.tree import Tree
 from nnsight_vllm.wire.trace import FRAMES, MSGPACK, PREFIX, Described, Prepared
 
@@ -146,7 +146,7 @@ async def trace(raw_request: Request) -> Response:
             error["error"]["tensors"] = missing.digests
             return JSONResponse(error, status_code=int(missing.status))
 
-        def start(receive: Receive | None = None) -> Run:
+        def start(receive: Receive | None = None) -> RunningTrace:
             for request in requests:
                 metrics.count_request(request.graphs)
             run = state.engine.start(requests, tensors, receive)

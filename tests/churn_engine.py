@@ -25,7 +25,7 @@ from nnsight_vllm.frontend.bundling import Tied
 from nnsight_vllm.frontend.collector import Collected
 from nnsight_vllm.frontend.engine import reason_of
 from nnsight_vllm.graph.results import Failure
-from nnsight_vllm.worker.seam.vllm_seam import graph_of
+from nnsight_vllm.scheduler.extras import has_graph
 
 MAX_STEPS = 3000
 MAX_TENSORS = 1 << 23  # bytes; so few that constants are dropped and sent again
@@ -244,7 +244,7 @@ class ChurnEngine:
 
         def watched_preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
             number = (self._owner(request.request_id) or NOBODY)[0]
-            self._played.preempted.append((number, graph_of(request.sampling_params) is not None))
+            self._played.preempted.append((number, has_graph(request)))
             return preempt(request, *args, **kwargs)
 
         sampler.__dict__["sample"] = watched_sample

@@ -14,6 +14,7 @@ import v2_on_cpu
 
 from nnsight_vllm.graph.codec import decode_deltas
 from nnsight_vllm.graph.results import Delta
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 
 @dataclass
@@ -63,7 +64,11 @@ class RawEngine:
         prompts = [{"prompt_token_ids": ids, "cache_salt": str(number)} for number, (ids, _, _) in enumerate(requests)]
         params = []
         for _, graph, arguments in requests:
-            extra = None if graph is None else {"nnsight_vllm": graph, "nnsight_vllm_cut": arguments.get("cut", False)}
+            extra = (
+                None
+                if graph is None
+                else encode_extras(RequestExtras([graph], is_chunkable=arguments.get("cut", False)))
+            )
             defaults = {"temperature": 0.0, "ignore_eos": True, "skip_reading_prefix_cache": True}
             rest = {name: value for name, value in arguments.items() if name != "cut"}
             params.append(SamplingParams(**{**defaults, **rest}, extra_args=extra))

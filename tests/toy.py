@@ -33,7 +33,7 @@ from nnsight_vllm.worker.batch.executor import Executor, SiteTable
 from nnsight_vllm.worker.batch.requests import Arrival, Step
 from nnsight_vllm.worker.batch.tensor_store import Store
 from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP, draw_sites
-from nnsight_vllm.worker.model.sites import Direct, Site, Slot, Stream
+from nnsight_vllm.worker.model.sites import Direct, Site, Stream, TensorSlice
 from nnsight_vllm.worker.model.taps import Handler
 
 LAYERS, HIDDEN, VOCAB = 3, 4, 8
@@ -207,6 +207,6 @@ def _sites(dtype: str) -> list[Site]:
         mlp = SiteInfo(f"{layer}.mlp", f"{layer}.mlp", "output", 3 * layer, (None, HIDDEN), dtype)
         again = SiteInfo(f"{layer}.mlp.again", f"{layer}.mlp.again", "output", 3 * layer + 1, (None, HIDDEN), dtype)
         out = SiteInfo(f"{layer}.out", f"{layer}", "output", 3 * layer + 2, (None, HIDDEN), dtype)
-        sites += [Direct(info, 2 * layer, Slot(0)) for info in (mlp, again)]
-        sites.append(Stream(out, 2 * layer + 1, Slot(0), Slot(1)))
+        sites += [Direct(info, 2 * layer, TensorSlice(0)) for info in (mlp, again)]
+        sites.append(Stream(out, 2 * layer + 1, TensorSlice(0), TensorSlice(1)))
     return sites + draw_sites(3 * LAYERS, VOCAB, dtype)

@@ -19,10 +19,10 @@ from toy import HIDDEN, VOCAB, Toy, graph, toy_catalogue
 
 from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.errors import AdmissionError, UnknownEditError
-from nnsight_vllm.frontend.bundling import Related
+from nnsight_vllm.frontend.bundling import Bundling
 from nnsight_vllm.frontend.collector import Collected
 from nnsight_vllm.graph.codec import digest
-from nnsight_vllm.graph.links import decode_links
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.server import traces
 from nnsight_vllm.server.errors import Refused, answer_refused
@@ -122,16 +122,16 @@ class ToyEngine:
 def _outcomes(requests: list[Sent], tensors: dict[str, bytes]) -> list[Outcome]:
     toy = Toy(modules=("double",))
     toy.store.put(tensors.values())
-    related = Related(requests)
+    related = Bundling(requests)
     links = related.links(range(len(requests)))
     found = {i: _outcome(toy, str(i), requests[i], links.get(i)) for i in related.in_order(range(len(requests)))}
     return [found[i] for i in range(len(requests))]
 
 
-def _outcome(toy: Toy, name: str, request: Sent, links: bytes | None) -> Outcome:
+def _outcome(toy: Toy, name: str, request: Sent, links: Links | None) -> Outcome:
     tokens: list[int] = []
     rows = request.prompt.rows
-    toy.add(name, list(request.graphs) or graph(), rows, links=None if links is None else decode_links(links))
+    toy.add(name, list(request.graphs) or graph(), rows, links=links)
     for iteration in range(request.sampling.max_tokens or 4):
         toy.step(**{name: (rows, 0) if iteration == 0 else (1, rows + iteration - 1)})
         if any(delta.stopped or delta.failure for delta in toy.received.get(name, ())):

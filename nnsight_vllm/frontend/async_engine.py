@@ -20,7 +20,7 @@ from nnsight_vllm.errors import IntegrityError, InterventionError
 from nnsight_vllm.frontend.engine import Engine
 from nnsight_vllm.frontend.listening import ListenedCollector
 from nnsight_vllm.frontend.retry import Turnover
-from nnsight_vllm.frontend.run import PREFIX, Flight
+from nnsight_vllm.frontend.run import PREFIX, TraceRun
 from nnsight_vllm.trace.backend import Outcome, Request
 from nnsight_vllm.trace.events import Receive
 
@@ -32,11 +32,11 @@ class AsyncEngine(Engine):
     listened: ListenedCollector
     _is_closed = False
 
-    def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> Flight:
+    def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> TraceRun:
         """Send the requests off."""
         if self._is_closed:
             raise InterventionError("the engine was closed before the trace ran")
-        flight = Flight(self, requests, tensors, receive)
+        flight = TraceRun(self, requests, tensors, receive)
         self.loop.post(self._begin, flight)
         return flight
 
@@ -78,7 +78,7 @@ class AsyncEngine(Engine):
         if ids := list(ids):
             self._wind_up(self.llm.abort(ids, internal=True))
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, flight: TraceRun) -> None:
         """A flight is over."""
         self._flights.discard(flight)
 
@@ -94,7 +94,7 @@ class AsyncEngine(Engine):
 
     # -- private ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, flight: Flight) -> None:
+    def _begin(self, flight: TraceRun) -> None:
         self._flights.add(flight)
         flight.begin()
 
@@ -153,7 +153,7 @@ class AsyncEngine(Engine):
         """Be ready for what happens on this loop."""
         self.loop = loop
         self.turnover = Turnover()
-        self._flights: set[Flight] = set()
+        self._flights: set[TraceRun] = set()
         self._winding_up: set[asyncio.Task[None]] = set()  # work that outlives who began it
         self._storing = threading.Lock()
 

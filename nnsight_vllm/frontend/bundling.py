@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from nnsight_vllm.graph.links import Links, encode_links
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.trace.backend import Request
 
 
@@ -18,11 +18,11 @@ from nnsight_vllm.trace.backend import Request
 class Tied:
     """Of a request that hands values to others, or gets some: its links in one run, and a seed that makers keep over runs."""
 
-    links: bytes | None = None
+    links: Links | None = None
     seed: int | None = None
 
 
-class Related:
+class Bundling:
     """The requests by their numbers in the run."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -50,7 +50,7 @@ class Related:
             self._put(i, found, set())
         return [i for i in found if i in some]
 
-    def links(self, some: Iterable[int]) -> dict[int, bytes]:
+    def links(self, some: Iterable[int]) -> dict[int, Links]:
         """The links of these requests for one run of theirs; those that are tied to each other are a bundle."""
         here = {i: links for i in some if (links := self._requests[i].links) is not None}
         uses: Counter[str] = Counter()
@@ -60,9 +60,7 @@ class Related:
             sizes[id(self._sets[i])] += num
             uses.update(dict.fromkeys((need.key for need in links.needs), num))
         names = {tied: uuid.uuid4().hex for tied in sizes}
-        return {
-            i: encode_links(self._of_run(links, uses, id(self._sets[i]), names, sizes)) for i, links in here.items()
-        }
+        return {i: self._of_run(links, uses, id(self._sets[i]), names, sizes) for i, links in here.items()}
 
     @staticmethod
     def _of_run(links: Links, uses: Counter[str], tied: int, names: dict[int, str], sizes: Counter[int]) -> Links:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.plan.caching import Caching, Salt, caching_of
-from nnsight_vllm.plan.chunking import Whole, cut_of
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.plan.composed import composed
 
 _NAME = "nnsight_vllm"
@@ -35,7 +35,7 @@ class Shared:
     most: int | None
     first: int
     graph: bytes
-    cut: Whole | None
+    cut: Unchunked | None
 
 
 def sharing_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, bytes], int], Shared]:
@@ -45,7 +45,7 @@ def sharing_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, 
     def sharing(graphs: Sequence[bytes], tensors: Mapping[str, bytes], num_rows: int) -> Shared:
         each = [known(graph, tensors, num_rows) for graph in graphs]
         found = composed([one.caching for one in each])
-        whole = next((one.cut for one in each if isinstance(one.cut, Whole)), None)
+        whole = next((one.cut for one in each if isinstance(one.cut, Unchunked)), None)
         graph = _joined([graphs[number] for number in found.covers])
         return Shared(found.salt, found.most, found.first, graph, whole)
 
@@ -57,10 +57,10 @@ class Known:
     """What the scheduler has to know of a graph over a prompt. Graphs that differ in nothing but tensors share it."""
 
     caching: Caching
-    cut: Cut | Whole
+    cut: Chunked | Unchunked
 
 
-_ILLEGAL = Known(Caching(Salt.UNIQUE, 0), Whole("it isn't a legal graph"))
+_ILLEGAL = Known(Caching(Salt.UNIQUE, 0), Unchunked("it isn't a legal graph"))
 
 
 def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int], Known]:
@@ -96,7 +96,7 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
             caching, cut = caching_of(decoded, *facts), cut_of(decoded, *facts)
         except Exception:  # a stranger's bytes may be wrong in any way
             return _ILLEGAL
-        if caching.has_parts and isinstance(cut, Whole):  # its rows' numbers can't be told from their positions
+        if caching.has_parts and isinstance(cut, Unchunked):  # its rows' numbers can't be told from their positions
             caching = replace(caching, most=0)
         return Known(caching, cut)
 

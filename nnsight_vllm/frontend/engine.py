@@ -15,7 +15,7 @@ import msgspec
 
 from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
-from nnsight_vllm.frontend.bundling import Related, Tied
+from nnsight_vllm.frontend.bundling import Bundling, Tied
 from nnsight_vllm.frontend.cache_salt import Shared, salt_of, sharing_by
 from nnsight_vllm.frontend.collector import Collected, Collector
 from nnsight_vllm.frontend.settings import Sites, engine_arguments
@@ -24,19 +24,14 @@ from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
-from nnsight_vllm.plan.chunking import Whole
+from nnsight_vllm.plan.chunking import Unchunked
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
 from nnsight_vllm.wire import refusal
-from nnsight_vllm.worker.batch.request_programs import MAX_PROGRAMS
+from nnsight_vllm.wire.extras import MAX_PROGRAMS, RequestExtras, encode_extras
 
-FIELD = "nnsight_vllm"
-CUT = "nnsight_vllm_cut"
-MOST_CACHED = "nnsight_vllm_cached"
-SALT = "nnsight_vllm_salt"
-LINKS = "nnsight_vllm_links"
 _RENAMED = {"max_new_tokens": "max_tokens"}
 
 _GUARD = (
@@ -119,7 +114,7 @@ class Engine:
             )
         budget = self.tree.catalogue.max_num_batched_tokens
         cut = self._sharing(request.graphs, tensors, request.prompt.rows).cut  # known from here on, if it's asked again
-        if request.prompt.rows > budget and isinstance(cut, Whole):
+        if request.prompt.rows > budget and isinstance(cut, Unchunked):
             raise AdmissionError(
                 f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
                 f"max_num_batched_tokens is {budget}; {user_line()}"
@@ -132,7 +127,7 @@ class Engine:
         """Run all requests together and wait for them. Those that the engine evicted start again from their prompts."""
         digests = {digest for request in requests for digest in request.constants}
         found: dict[int, Outcome] = {}
-        related = Related(requests)
+        related = Bundling(requests)
         seeds = related.seeds()
         due, num_before = related.in_order(range(len(requests))), len(requests) + 1
         with self._lock:
@@ -280,19 +275,17 @@ def _params(request: Request, shared: Shared | None, tied: Tied) -> Any:
     params = request.sampling.clone()
     if shared is None:
         return params
-    graphs = list(request.graphs)
-    policy: dict[str, object] = {FIELD: graphs[0] if len(graphs) == 1 else graphs}
-    if tied.links is not None:
-        policy[LINKS] = tied.links
     if params.seed is None:
         params.seed = tied.seed
-    if not isinstance(shared.cut, Whole):
-        policy[CUT] = True
-    if shared.most is not None:
-        policy[MOST_CACHED] = shared.most
-    if shared.first > 0 and (salt := _salt(request, shared)) is not None:
-        policy[SALT] = (salt, shared.first)
-    params.extra_args = {**(params.extra_args or {}), **policy}
+    salt = _salt(request, shared) if shared.first > 0 else None
+    extras = RequestExtras(
+        list(request.graphs),
+        tied.links,
+        not isinstance(shared.cut, Unchunked),
+        shared.most,
+        None if salt is None else (salt, shared.first),
+    )
+    params.extra_args = {**(params.extra_args or {}), **encode_extras(extras)}
     if shared.most == 0:
         params.skip_reading_prefix_cache = True
     return params

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import AdmissionError
 from nnsight_vllm.frontend.attempt import Attempt
-from nnsight_vllm.frontend.bundling import Related, Tied
+from nnsight_vllm.frontend.bundling import Bundling, Tied
 from nnsight_vllm.frontend.engine import refusals
+from nnsight_vllm.graph.links import Links
 from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Outcome, Request
 from nnsight_vllm.trace.events import Notice, Receive
@@ -28,7 +29,7 @@ PREFIX = "nnsight_vllm-"
 _NUMBERS = itertools.count()
 
 
-class Flight:
+class TraceRun:
     """A `Run`. `task` is there from its start on the engine's loop."""
 
     def __init__(
@@ -39,7 +40,7 @@ class Flight:
         self.is_aborted = False
         self._engine = engine
         self._requests = requests
-        self._related = Related(requests)
+        self._related = Bundling(requests)
         self._links = self._related.links(range(len(requests)))
         self._seeds = self._related.seeds()
         self._tensors = tensors
@@ -129,7 +130,7 @@ class Flight:
         return own
 
     async def _attempt(
-        self, index: int, links: Mapping[int, bytes], receive: Receive | None
+        self, index: int, links: Mapping[int, Links], receive: Receive | None
     ) -> tuple[Outcome, list[Notice]] | None:
         """None if the flight was given up."""
         request = self._requests[index]

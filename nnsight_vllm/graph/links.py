@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
-
-from nnsight_vllm.errors import GraphError
 
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0)]
@@ -37,19 +34,3 @@ class Links(Struct, frozen=True, forbid_unknown_fields=True):
     makes: dict[Name, Count] = {}
     needs: list[Need] = []
     program: Count = 0
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Links)
-
-
-def encode_links(links: Links) -> bytes:
-    return _encoder.encode(links)
-
-
-def decode_links(data: bytes) -> Links:
-    """Raises `GraphError` for anything but links."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, TypeError) as error:
-        raise GraphError(f"not the links of a request: {error}") from None

@@ -22,14 +22,14 @@ def last_trip(start: int, stop: int, step: int) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProgramPoint:
     """Where a program stands. `ended` after an unbounded `iterations` block: nothing more can be touched."""
 
     iteration: int = 0
     order: int = START
     ended: bool = False
 
-    def is_after(self, other: Place) -> bool:
+    def is_after(self, other: ProgramPoint) -> bool:
         return (self.ended, self.iteration, self.order) > (other.ended, other.iteration, other.order)
 
 
@@ -37,13 +37,13 @@ class Cursor:
     """Moves over the model while a program is recorded or checked."""
 
     def __init__(self) -> None:
-        self.at = Place()
+        self.at = ProgramPoint()
         self.inside: int | None = None  # id of the open iterations block
-        self._loop_anchor: list[tuple[Place, Place | None]] = []
+        self._loop_anchor: list[tuple[ProgramPoint, ProgramPoint | None]] = []
 
     def touch(self, site: str, order: int, iteration: int | None) -> None:
         """Go to a site. Raises `OutOfOrderError` if the model has passed it."""
-        target = Place(self.at.iteration if iteration is None else iteration, order)
+        target = ProgramPoint(self.at.iteration if iteration is None else iteration, order)
         if self.at.ended:
             raise OutOfOrderError(
                 f"{site} comes after an unbounded iteration block; only tracer.result can be read there"
@@ -66,7 +66,7 @@ class Cursor:
                 "a value of another request comes after an unbounded iteration block; nothing follows it"
             )
         if iteration > self.at.iteration:
-            self.at = Place(iteration)
+            self.at = ProgramPoint(iteration)
 
     @contextmanager
     def iterations(self, block: int, start: int, stop: int | None, step: int) -> Iterator[None]:
@@ -85,16 +85,16 @@ class Cursor:
         if self.at.ended or start < self.at.iteration:
             raise OutOfOrderError(f"iteration {start} has passed: the program is at {self._here()}")
         self.inside = block
-        self.at = Place(start, self.at.order if start == self.at.iteration else START)
+        self.at = ProgramPoint(start, self.at.order if start == self.at.iteration else START)
 
     def leave_iterations(self, start: int, stop: int | None, step: int) -> None:
         self.inside = None
         if stop is None:
             self.at = replace(self.at, ended=True)
         else:
-            self.at = Place(last_trip(start, stop, step), self.at.order)
+            self.at = ProgramPoint(last_trip(start, stop, step), self.at.order)
 
-    def join(self, other: Place) -> None:
+    def join(self, other: ProgramPoint) -> None:
         """After two branches: the later of where they ended."""
         if other.is_after(self.at):
             self.at = other
@@ -105,7 +105,7 @@ class Cursor:
     def leave_loop(self) -> None:
         self._loop_anchor.pop()
 
-    def _check_loop(self, site: str, target: Place) -> None:
+    def _check_loop(self, site: str, target: ProgramPoint) -> None:
         for i, (start, anchor) in enumerate(self._loop_anchor):
             if anchor is None:
                 self._loop_anchor[i] = (start, target)

@@ -6,7 +6,7 @@ What a graph does in iteration 0 falls into three:
     sent   values of rows that go home or into a container: every piece keeps its own, and the last one joins them
     rest   done once, in the piece with the prompt's last row: that row's values, logits, tokens, later iterations
 
-A graph that has anything else, such as a mean over rows, needs its prompt whole, and `Whole` says why.
+A graph that has anything else, such as a mean over rows, needs its prompt whole, and `Unchunked` says why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nnsight_vllm.graph.nodes import (
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, changes_container, is_inplace
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.walk import blocks_of, nodes_of
-from nnsight_vllm.plan.chunks import Cut, Sent
+from nnsight_vllm.plan.chunks import Chunked, ChunkSave
 from nnsight_vllm.plan.kinds import CONTAINERS, NUMBER, Kinds, Of, Part, Value, fits, is_counted_from_the_end, is_drawn
 from nnsight_vllm.plan.rows import Kind, is_fresh, rule_of
 
@@ -48,7 +48,7 @@ _SEVERAL = frozenset(["topk", "sort", "max", "min"])
 
 
 @dataclass(frozen=True)
-class Whole:
+class Unchunked:
     """The prompt must be computed in one step. `reason`: a half-sentence."""
 
     reason: str
@@ -58,7 +58,9 @@ class _NeedsWhole(Exception):
     pass
 
 
-def cut_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str], int], num_rows: int) -> Cut | Whole:
+def cut_of(
+    graph: Graph, trailing: Callable[[str], int], rank: Callable[[str], int], num_rows: int
+) -> Chunked | Unchunked:
     """For a prompt of `num_rows` tokens; the others are those of `Kinds`."""
     fresh = itertools.count(1 + max(ids_of(graph.body), default=0))
     nodes = list(_peeled(graph.body.nodes, fresh))
@@ -67,8 +69,8 @@ def cut_of(graph: Graph, trailing: Callable[[str], int], rank: Callable[[str], i
         for node in nodes:
             cutter.node(node)
     except _NeedsWhole as error:
-        return Whole(str(error))
-    return Cut(tuple(nodes), cutter.rows, cutter.sent, cutter.indexed, num_rows)
+        return Unchunked(str(error))
+    return Chunked(tuple(nodes), cutter.rows, cutter.sent, cutter.indexed, num_rows)
 
 
 def _peeled(nodes: Iterable[Node], fresh: Iterator[int]) -> Iterator[Node]:
@@ -92,7 +94,7 @@ class _Cutter(Kinds):
     ) -> None:
         super().__init__(trailing, rank, num_rows)
         self.rows: dict[int, Part | None] = {}
-        self.sent: dict[int, list[Sent]] = {}
+        self.sent: dict[int, list[ChunkSave]] = {}
         self.indexed: dict[int, Part] = {}
         self._fresh = fresh
         self._several: dict[int, Value] = {}  # operations with several results, and the kind of each of them
@@ -270,7 +272,7 @@ class _Cutter(Kinds):
             if self._depth or self._is_past or id in self._several:
                 raise _NeedsWhole("rows are kept in a branch or a loop, after the prompt, or several results at once")
             at, joined, kept = next(self._fresh), next(self._fresh), next(self._fresh)
-            self.sent.setdefault(node.id, []).append(Sent(f"{at:064x}", id, value.part, at, joined, kept))
+            self.sent.setdefault(node.id, []).append(ChunkSave(f"{at:064x}", id, value.part, at, joined, kept))
 
     def _rest(self, node: Node, args: Iterable[Arg] | None = None) -> None:
         """Done once: it may look at the last row, but at no other one."""

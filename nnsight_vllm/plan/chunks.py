@@ -17,7 +17,7 @@ from nnsight_vllm.plan.kinds import Part
 
 
 @dataclass(frozen=True)
-class Sent:
+class ChunkSave:
     """Value `id`, of rows, goes home or into a container. Each piece saves its rows under `key`; ids for the joining nodes."""
 
     key: str
@@ -29,7 +29,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Chunked:
     """`nodes`: the graph with iteration 0 outside of blocks. `rows`: of those done for every piece, the rows they are about.
 
     `sent`: by node, the values that it needs joined. `indexed`: parts by the node that takes them out of all rows.
@@ -37,7 +37,7 @@ class Cut:
 
     nodes: Sequence[Node]
     rows: Mapping[int, Part | None]
-    sent: Mapping[int, Sequence[Sent]]
+    sent: Mapping[int, Sequence[ChunkSave]]
     indexed: Mapping[int, Part]
     num_rows: int
 
@@ -73,7 +73,7 @@ class Cut:
             made.append(Copier(values=values).node(node) if values else node)
         return Graph(Block(made)) if made != list(self.nodes) else None
 
-    def _join(self, sent: Sent, start: int, made: list[Node]) -> Ref:
+    def _join(self, sent: ChunkSave, start: int, made: list[Node]) -> Ref:
         """Put before a node what gives it all rows of a value."""
         if sent.part is not None and sent.part.start >= start:
             return Ref(sent.id)

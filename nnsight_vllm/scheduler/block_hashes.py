@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from nnsight_vllm.worker.seam.vllm_seam import salted_from
+from nnsight_vllm.scheduler.extras import extras_of
 
 Hasher = Callable[[Any], list[bytes]]
 """Hashes of a request's full blocks that aren't in its `block_hashes` yet; it goes on from the last one there."""
@@ -18,7 +18,7 @@ Hasher = Callable[[Any], list[bytes]]
 
 def salt_from(request: Any, block_size: int) -> None:
     """Have a request of vLLM's scheduler salt its blocks from the row on that its sampling parameters name."""
-    wanted = salted_from(request.sampling_params)
+    wanted = _salt_of(request)
     if wanted is None or request._block_hasher is None:
         return
     salt, row = wanted
@@ -32,14 +32,18 @@ def salt_from(request: Any, block_size: int) -> None:
 
 def set_apart(request: Any) -> None:
     """The worker fails an evicted request and computes its rows without its edits: nobody may take them for edited ones."""
-    wanted = salted_from(request.sampling_params)
-    if request.cache_salt is None and wanted is None:
+    if request.cache_salt is None and _salt_of(request) is None:
         return
     own = request.cache_salt or ""
     if not own.endswith(request.request_id):
         request.cache_salt = f"{own}:{request.request_id}"
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+def _salt_of(request: Any) -> tuple[str, int] | None:
+    extras = extras_of(request)
+    return None if extras is None else extras.salt
 
 
 def hasher_from(hasher: Hasher, salt: str, num_plain: int) -> Hasher:

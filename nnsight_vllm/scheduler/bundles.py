@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from nnsight_vllm.errors import GraphError
-from nnsight_vllm.graph.links import Links, Need, decode_links
+from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.results import Failure
-from nnsight_vllm.worker.results.exports import Address, Released
+from nnsight_vllm.wire.step_output import Address, Released
 
 PATIENCE = 30.0
 """Seconds that a bundle waits for those of its requests that haven't come."""
@@ -57,21 +56,15 @@ class Bundles:
         self._bundles: dict[str, _Bundle] = {}
         self._members: dict[str, _Member] = {}
         self._unmet: dict[str, _Member] = {}  # those with needs that aren't made
-        self._bad: dict[str, Failure] = {}
         self._released = Released()
 
     def __bool__(self) -> bool:
-        return bool(self._bundles or self._bad or self._released)
+        return bool(self._bundles or self._released)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
-    def add(self, request_id: str, data: bytes) -> None:
-        """A request came, with its links as bytes."""
-        try:
-            links = decode_links(data)
-        except GraphError as error:
-            self._bad[request_id] = Failure("GraphError", str(error))
-            return
+    def add(self, request_id: str, links: Links) -> None:
+        """A request came, with its links."""
         bundle = self._bundles.setdefault(links.bundle, _Bundle(links.bundle, links.size))
         bundle.seen, bundle.last_came = bundle.seen + 1, time.monotonic()
         member = bundle.members[request_id] = self._members[request_id] = _Member(bundle, links)
@@ -103,7 +96,6 @@ class Bundles:
 
     def ended(self, request_id: str, how: str) -> None:
         """A request is gone. `how` in words, where nothing else is known of it."""
-        self._bad.pop(request_id, None)
         self._unmet.pop(request_id, None)
         member = self._members.pop(request_id, None)
         if member is None:
@@ -124,16 +116,16 @@ class Bundles:
         for id, member in list(self._unmet.items()):
             if all(need.key in member.bundle.made for need in member.links.needs):
                 del self._unmet[id]
-        return [*self._unmet, *self._bad]
+        return list(self._unmet)
 
     def holds(self, request_id: str, iteration: int) -> bool:
         """Whether a request can't begin an iteration yet."""
         member = self._unmet.get(request_id)
-        return request_id in self._bad or (member is not None and bool(member.bundle.missing(member.links, iteration)))
+        return member is not None and bool(member.bundle.missing(member.links, iteration))
 
     def hopeless(self, held: Mapping[str, int]) -> dict[str, Failure]:
         """Of held requests, by the iteration that they wait before, those that will never go on, and why."""
-        found: dict[str, Failure] = {id: self._bad[id] for id in held if id in self._bad}
+        found: dict[str, Failure] = {}
         circle = self._circle(held)
         for id, iteration in held.items():
             member = self._unmet.get(id)

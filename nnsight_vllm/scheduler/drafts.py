@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnsight_vllm.errors import EngineSettingError
-from nnsight_vllm.worker.seam.vllm_seam import graph_of
+from nnsight_vllm.scheduler.extras import has_graph
 
 
 def refuse_other_methods(speculative_config: Any) -> None:
@@ -31,14 +31,14 @@ class DraftPolicy:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self.num_spec_tokens:
             for request in self.running:
-                if request.spec_token_ids and graph_of(request.sampling_params) is not None:
+                if request.spec_token_ids and has_graph(request):
                     request.spec_token_ids = []
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduled: Any) -> None:
         """vLLM's own goes by what is in the plan, so this comes before it."""
         drafts = scheduled.scheduled_spec_decode_tokens
-        for id in [id for id in drafts if graph_of(self.requests[id].sampling_params) is not None]:
+        for id in [id for id in drafts if has_graph(self.requests[id])]:
             num_drafts = len(drafts.pop(id))
             scheduled.num_scheduled_tokens[id] -= num_drafts
             scheduled.total_num_scheduled_tokens -= num_drafts

@@ -34,8 +34,8 @@ from nnsight_vllm.graph.results import Delta, Failure
 from nnsight_vllm.scheduler.block_hashes import salt_from, set_apart
 from nnsight_vllm.scheduler.bundles import Bundles
 from nnsight_vllm.scheduler.drafts import DraftPolicy, refuse_other_methods
-from nnsight_vllm.wire.step_output import Packed, message_of
-from nnsight_vllm.worker.seam.vllm_seam import LINKS, RELEASED, graph_of, may_be_cut, most_cached
+from nnsight_vllm.scheduler.extras import extras_of, has_graph
+from nnsight_vllm.wire.step_output import RELEASED, Packed, message_of
 
 
 class Policy:
@@ -61,10 +61,10 @@ class Policy:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         for request in self.waiting:
-            if request.num_preemptions and _has_graph(request):
+            if request.num_preemptions and has_graph(request):
                 set_apart(request)
         if self._may_evict():  # it takes the last ones
-            self.running.sort(key=_has_graph, reverse=True)
+            self.running.sort(key=has_graph, reverse=True)
         if self._bundles or self._held:
             self._hold()
         held = self._hold_back()
@@ -80,8 +80,8 @@ class Policy:
     def add_request(self, request: Any) -> None:
         salt_from(request, self.hash_block_size)
         super().add_request(request)  # type: ignore[misc]
-        if _has_graph(request) and (links := request.sampling_params.extra_args.get(LINKS)) is not None:
-            self._bundles.add(request.request_id, links)
+        if (extras := extras_of(request)) is not None and extras.links is not None:
+            self._bundles.add(request.request_id, extras.links)
 
     def update_from_output(self, scheduled: Any, output: Any) -> Any:
         """vLLM's own, with our messages among its outputs; requests whose last one is there go at once."""
@@ -232,7 +232,8 @@ def limit_hits(manager: Any) -> None:
     find = manager.get_computed_blocks
 
     def get_computed_blocks(request: Any) -> Any:
-        most = most_cached(request.sampling_params)
+        extras = extras_of(request)
+        most = None if extras is None else extras.most_cached
         if not most or most >= request.num_tokens - 1 or not manager.prefix_cache_lookup_enabled(request):
             return find(request)
         # A longer hit can't be shortened: in a sliding window it has no blocks of the tokens before.
@@ -242,12 +243,9 @@ def limit_hits(manager: Any) -> None:
     manager.get_computed_blocks = get_computed_blocks
 
 
-def _has_graph(request: Any) -> bool:
-    return graph_of(request.sampling_params) is not None
-
-
 def _is_whole(request: Any) -> bool:
-    return _has_graph(request) and not may_be_cut(request.sampling_params)
+    extras = extras_of(request)
+    return extras is not None and not extras.is_chunkable
 
 
 def _next_iteration(request: Any) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.edits import Standing
-from nnsight_vllm.trace.events import AsyncBackend, Event, Notice, Receive, Run
+from nnsight_vllm.trace.events import AsyncBackend, Event, Notice, Receive, RunningTrace
 from nnsight_vllm.trace.naming import names_of_saves
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.stream import Stream, ended
@@ -91,14 +91,14 @@ class AsyncTracer(Tracer):
             raise
         self.finish(run)
 
-    def start(self, receive: Receive | None = None) -> Run:
+    def start(self, receive: Receive | None = None) -> RunningTrace:
         """Send the requests off."""
         if not self._is_due:
             raise RefusedError(f"the trace recorded at {self._line} has run already, or failed; {user_line()}")
         self._is_due = False
         return self._engine.start(self.requests(), self.tensors, receive)
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: RunningTrace) -> None:
         """The requests are over: give names and proxies their values. Raises what failed."""
         try:
             errors = self.settle(run.outcomes.result())
@@ -108,7 +108,7 @@ class AsyncTracer(Tracer):
             self.fail_recorders()
             self._forget_frames()
 
-    def leave(self, run: Run) -> None:
+    def leave(self, run: RunningTrace) -> None:
         """Nobody waits for the run any more."""
         run.abort()
         for recorder in self.recorders:

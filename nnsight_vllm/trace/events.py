@@ -59,7 +59,7 @@ class Notice:
 Receive = Callable[[Notice], None]
 
 
-class Run(Protocol):
+class RunningTrace(Protocol):
     """The requests of one trace, running. `outcomes` is done when nothing of them is left in the engine."""
 
     outcomes: Future[list[Outcome]]
@@ -71,5 +71,5 @@ class Run(Protocol):
 class AsyncBackend(Backend, Protocol):
     """An engine that runs traces while their callers do something else."""
 
-    def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> Run:
+    def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> RunningTrace:
         """Send the requests off. `receive` gets notices as they come, on a thread of the engine's; it mustn't block."""

@@ -15,7 +15,7 @@ import torch
 from nnsight_vllm.errors import OutOfOrderError, RecordError, RefusedError
 from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.graph.nodes import Read, Write
-from nnsight_vllm.graph.order import Cursor, Place
+from nnsight_vllm.graph.order import Cursor, ProgramPoint
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import resolve
 from nnsight_vllm.trace.proxy import Proxy, proxies_in
@@ -44,7 +44,7 @@ class Root:
 class Draw:
     """Where an iteration's token was drawn in the program: reads of its logits go before."""
 
-    at: Place
+    at: ProgramPoint
     block: int | None
     scope: Scope
     index: int
@@ -136,11 +136,11 @@ class Places:
         """The roots of the site where the program stands."""
         return dict(self._here)
 
-    def go_back(self, start: Place, here: dict[str, Root]) -> None:
+    def go_back(self, start: ProgramPoint, here: dict[str, Root]) -> None:
         """The other branch starts where the first one started."""
         self.cursor.at, self._here = start, dict(here)
 
-    def join(self, end: Place, start: Place, here: dict[str, Root]) -> None:
+    def join(self, end: ProgramPoint, start: ProgramPoint, here: dict[str, Root]) -> None:
         """After both branches: the later of their ends; where neither moved, the program stands where it stood."""
         self.cursor.join(end)
         self._here = dict(here) if self.cursor.at == start else {}
@@ -169,7 +169,7 @@ class Places:
             scope = self._recorder.scope
             self._draw = Draw(self.cursor.at, self._block_id(), scope, len(scope.nodes), logits)
 
-    def _explain(self, site: SiteInfo, at: Place, error: OutOfOrderError) -> str:
+    def _explain(self, site: SiteInfo, at: ProgramPoint, error: OutOfOrderError) -> str:
         here = self._recorder.tree.site_at(at.order)
         if here is None or at.ended or "loop" in str(error):
             return str(error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from nnsight_vllm.graph.nodes import Arg, Node
-from nnsight_vllm.graph.order import Place
+from nnsight_vllm.graph.order import ProgramPoint
 from nnsight_vllm.trace.source import Line
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ class CondHandle:
 
     id: int
     test: Arg
-    start: Place
+    start: ProgramPoint
     here: dict[str, Root]
     then: Scope
     orelse: Scope | None = None
-    end: Place | None = None
+    end: ProgramPoint | None = None
     then_yields: list[Arg] = field(default_factory=list)
     else_yields: list[Arg] = field(default_factory=list)
     outs: list[int] = field(default_factory=list)

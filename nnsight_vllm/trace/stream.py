@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from nnsight_vllm.trace.events import Event, Notice, Receive, Run
+from nnsight_vllm.trace.events import Event, Notice, Receive, RunningTrace
 
 if TYPE_CHECKING:
     from typing import Self
@@ -73,7 +73,7 @@ class Stream:
             self._leave()
 
 
-async def ended(run: Run) -> None:
+async def ended(run: RunningTrace) -> None:
     """Wait until nothing of a run is left in the engine, however it ended."""
     waiting = asyncio.wrap_future(run.outcomes)
     waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio says that nobody asked

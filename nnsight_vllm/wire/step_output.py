@@ -9,13 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nnsight_vllm.graph.codec import encode_delta
 from nnsight_vllm.graph.results import Delta, Failure
-from nnsight_vllm.worker.lanes.lanes import Ints
-from nnsight_vllm.worker.results.exports import Address
+
+Ints = NDArray[np.int64]
+RELEASED = "nnsight_vllm_released"  # what our scheduler adds to its output
+Address = tuple[str, str]
+"""A bundle and a key."""
+
+
+@dataclass
+class Released:
+    """From the scheduler: uses that nobody will have, one entry each, and bundles that are over."""
+
+    unused: list[Address] = field(default_factory=list)
+    bundles: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.unused or self.bundles)
 
 
 def message_of(delta: Delta) -> Tensor:

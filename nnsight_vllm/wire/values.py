@@ -1,4 +1,4 @@
-"""Saved values as Python and torch have them, from how they travel."""
+"""Saved values on their way home: what Python and torch have, as data, and back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,46 @@ from collections import namedtuple
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnsight_vllm.graph.results import DictValue, DtypeValue, ListValue, TensorValue, TupleValue, Value
+
+
+def names_of(value: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names of the items of one of torch's results, such as `values` and `indices`."""
+    kind: Any = type(value)
+    return tuple(kind.__match_args__) if kind.__module__ == "torch.return_types" else ()
+
+
+def encode_value(value: Any) -> Value:
+    """A value as it travels. Raises TypeError for what can't."""
+    match value:
+        case Tensor():
+            return _encode_tensor(value)
+        case list():
+            return ListValue([encode_value(item) for item in value])
+        case tuple():
+            names = names_of(value) or tuple(
+                getattr(value, "_fields", ())
+            )  # those of torch, and what came home of them
+            return TupleValue([encode_value(item) for item in value], names)
+        case dict():
+            return DictValue([(encode_value(key), encode_value(item)) for key, item in value.items()])
+        case torch.dtype():
+            return DtypeValue(str(value).removeprefix("torch."))
+        case int() if not -(2**63) <= value < 2**64:
+            raise TypeError(f"an integer of {value.bit_length()} bits")
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            raise TypeError(f"a {type(value).__name__} can't leave the engine")
+
+
+def _encode_tensor(tensor: Tensor) -> TensorValue:
+    host = tensor.detach().cpu().contiguous()
+    flat = (torch.view_as_real(host) if host.is_complex() else host).reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return TensorValue(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
 
 def decode_value(value: Value) -> object:

@@ -15,8 +15,9 @@ import torch
 import nnsight_vllm as nv
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.codec import encode
-from nnsight_vllm.graph.links import Links, Need, encode_links
+from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.nodes import Block, Export, Graph, Import, Node, Op, Read, Ref, Slice
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -382,7 +383,7 @@ def test_errors_in_a_session_name_the_trace(shared: VLLM) -> None:
 # -- strangers, who write their own graphs and links ---------------------------------------------------------------------
 
 
-def raw(model: VLLM, *requests: tuple[list[Node], bytes]) -> list[Any]:
+def raw(model: VLLM, *requests: tuple[list[Node], Links]) -> list[Any]:
     """Send hand-written graphs with links past our front end. Returns vLLM's outputs."""
     from vllm import SamplingParams
 
@@ -390,7 +391,7 @@ def raw(model: VLLM, *requests: tuple[list[Node], bytes]) -> list[Any]:
         SamplingParams(
             **GREEDY,
             max_tokens=4,
-            extra_args={"nnsight_vllm": encode(Graph(Block(nodes))), "nnsight_vllm_links": links},
+            extra_args=encode_extras(RequestExtras([encode(Graph(Block(nodes)))], links)),
         )
         for nodes, links in requests
     ]
@@ -407,28 +408,27 @@ NEEDS: list[Node] = [Import(0, "k", 0), Read(1, SITE, 0), Op(2, "py.setitem", [R
 @pytest.mark.parametrize(
     "requests",
     [
-        [(NEEDS, encode_links(Links("x", 1, needs=[Need("k", 0, 0)])))],
-        [(NEEDS, encode_links(Links("x", 1)))],
-        [(NEEDS, b"no links")],
-        [(MAKES, encode_links(Links("x", 1)))],
+        [(NEEDS, Links("x", 1, needs=[Need("k", 0, 0)]))],
+        [(NEEDS, Links("x", 1))],
+        [(MAKES, Links("x", 1))],
         [
-            ([*NEEDS, Export(3, "l", Ref(0))], encode_links(Links("x", 2, {"l": 1}, [Need("k", 0, 0)]))),
+            ([*NEEDS, Export(3, "l", Ref(0))], Links("x", 2, {"l": 1}, [Need("k", 0, 0)])),
             (
                 [Import(0, "l", 0), Export(1, "k", Ref(0))],
-                encode_links(Links("x", 2, {"k": 1}, [Need("l", 0, 0)])),
+                Links("x", 2, {"k": 1}, [Need("l", 0, 0)]),
             ),
         ],
     ],
-    ids=["nobody makes it", "the links don't say so", "no links", "an export without a name", "a circle"],
+    ids=["nobody makes it", "the links don't say so", "an export without a name", "a circle"],
 )
-def test_a_strangers_links_fail_their_own_requests(shared: VLLM, requests: list[tuple[list[Node], bytes]]) -> None:
+def test_a_strangers_links_fail_their_own_requests(shared: VLLM, requests: list[tuple[list[Node], Links]]) -> None:
     for output in raw(shared, *requests):
         assert output.finish_reason == "abort"
 
 
 def test_values_of_a_stranger_who_counts_wrong_are_gone_with_the_bundle(shared: VLLM) -> None:
     links = Links("y", 2, {"k": 1000}), Links("y", 2, needs=[Need("k", 0, 0)])
-    outputs = raw(shared, *zip([MAKES, NEEDS], map(encode_links, links), strict=True))
+    outputs = raw(shared, *zip([MAKES, NEEDS], links, strict=True))
     assert [output.finish_reason for output in outputs] == ["length", "length"]
 
 
@@ -439,7 +439,7 @@ def test_an_aborted_request_fails_who_waits_for_it(shared: VLLM) -> None:
     late: list[Node] = [Read(0, SITE, 50), Export(1, "k", Ref(0))]
     links = Links("z", 2, {"k": 1}), Links("z", 2, needs=[Need("k", 0, 0)])
     for name, nodes, linked in zip(("maker", "user"), (late, NEEDS), links, strict=True):
-        extra = {"nnsight_vllm": encode(Graph(Block(nodes))), "nnsight_vllm_links": encode_links(linked)}
+        extra = encode_extras(RequestExtras([encode(Graph(Block(nodes)))], linked))
         params = SamplingParams(**GREEDY, max_tokens=60, extra_args=extra)
         engine.add_request(name, {"prompt_token_ids": CLEAN}, params)
     ended: dict[str, Any] = {}

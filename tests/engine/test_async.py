@@ -15,7 +15,7 @@ import torch
 
 import nnsight_vllm as nv
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, InterventionError, RefusedError, ValueNotSetError
-from nnsight_vllm.frontend.run import Flight
+from nnsight_vllm.frontend.run import TraceRun
 from nnsight_vllm.trace.stream import ended
 
 if TYPE_CHECKING:
@@ -599,14 +599,14 @@ def test_nothing_stays_of_a_trace_that_is_left(
 
 def _note_why_requests_end(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reasons: list[str] = []
-    last_output = Flight._last_output
+    last_output = TraceRun._last_output
 
-    async def noted(self: Flight, *arguments: Any) -> Any:
+    async def noted(self: TraceRun, *arguments: Any) -> Any:
         output = await last_output(self, *arguments)
         reasons.append(output.outputs[0].finish_reason)
         return output
 
-    monkeypatch.setattr(Flight, "_last_output", noted)
+    monkeypatch.setattr(TraceRun, "_last_output", noted)
     return reasons
 
 

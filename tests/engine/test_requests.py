@@ -17,6 +17,7 @@ import nnsight_vllm as nv
 from nnsight_vllm.errors import AdmissionError, InterventionError, RecordError, RefusedError, ValueNotSetError
 from nnsight_vllm.graph.codec import digest, encode
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Ref
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -408,7 +409,7 @@ def test_the_store_of_constants_is_never_changed_by_a_graph(model: VLLM) -> None
         sent.save()
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, extra_args={"nnsight_vllm": encode(graph)})
+    params = SamplingParams(max_tokens=1, extra_args=encode_extras(RequestExtras([encode(graph)])))
     model.llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
     model._engine.collector.clear()
     with model.trace(PROMPT, max_tokens=1):

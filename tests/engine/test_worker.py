@@ -10,6 +10,7 @@ from raw_engine import Answer, RawEngine
 from toy import graph, value_of
 
 from nnsight_vllm.graph.nodes import Block, Call, Iterations, Op, Read, Ref, Save, Slice, Stop, Tuple, Write
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 pytestmark = pytest.mark.v2
 RESIDUAL = "model.layers.1.output"
@@ -232,7 +233,7 @@ def test_an_abort_in_the_middle_of_a_prompt_frees_all_of_it(engine: RawEngine) -
     core, pool = engine.llm.llm_engine, engine.core.scheduler.kv_cache_manager.block_pool
     engine.generate(plain(PROMPT, max_tokens=1))
     free = pool.get_num_free_blocks()
-    extra = {"nnsight_vllm": KEEP, "nnsight_vllm_cut": True}
+    extra = encode_extras(RequestExtras([KEEP], is_chunkable=True))
     core.add_request("1000000", {"prompt_token_ids": [7] * 100}, SamplingParams(max_tokens=2, extra_args=extra))
     for _ in range(3):
         if not engine.worker.executor._prefill.num_held:

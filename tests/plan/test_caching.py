@@ -15,8 +15,8 @@ from nnsight_vllm.frontend.cache_salt import known_by, salt_of
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations, Op, Read, Ref
 from nnsight_vllm.plan.caching import Caching, Salt
-from nnsight_vllm.plan.chunking import Whole, cut_of
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunks import Chunked
 
 V, W, M = torch.ones(HIDDEN), torch.arange(float(HIDDEN)), torch.eye(HIDDEN)
 
@@ -345,7 +345,7 @@ def test_bytes_that_are_no_legal_graph_share_nothing(data: bytes) -> None:
     caching, cut = known.caching, known.cut
     assert caching.salt is Salt.UNIQUE or caching.salt is Salt.NONE
     assert caching.most == 0 or caching.salt is Salt.NONE
-    assert isinstance(cut, Whole) or caching.salt is Salt.NONE
+    assert isinstance(cut, Unchunked) or caching.salt is Salt.NONE
 
 
 def test_salts_hold_what_they_say() -> None:
@@ -366,7 +366,7 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
 ) -> None:
     looked: list[int] = []
 
-    def look(graph: Graph, trailing: Any, rank: Any, num_rows: int) -> Cut | Whole:
+    def look(graph: Graph, trailing: Any, rank: Any, num_rows: int) -> Chunked | Unchunked:
         looked.append(num_rows)
         return cut_of(graph, trailing, rank, num_rows)
 
@@ -382,7 +382,7 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
 
     assert ask(V) is ask(W) is not ask(V, 5)
     assert looked == [4, 5]
-    assert isinstance(ask(V).cut, Cut) and isinstance(ask(torch.ones(4, HIDDEN)).cut, Whole)
+    assert isinstance(ask(V).cut, Chunked) and isinstance(ask(torch.ones(4, HIDDEN)).cut, Unchunked)
     assert looked == [4, 5, 4]
 
 

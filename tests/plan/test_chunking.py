@@ -13,32 +13,32 @@ from nnsight_vllm.frontend.cache_salt import known_by
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Read, Ref
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.plan.chunking import Whole, cut_of
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunks import Chunked
 
 V = torch.ones(HIDDEN)
 PROMPT = "a b c d e f g h"
 
 
-def cut(program: Callable[[FakeModel, Any], object]) -> Cut:
+def cut(program: Callable[[FakeModel, Any], object]) -> Chunked:
     model = FakeModel()
     with model.trace(PROMPT, max_tokens=4) as tracer:
         program(model, tracer)
     (request,) = model.__dict__["backend"].requests
     assert request.graph is not None
     found = known_by(catalogue())(request.graph, tracer.constants.data, 8).cut
-    assert isinstance(found, Cut), found
+    assert isinstance(found, Chunked), found
     return found
 
 
-def piece(found: Cut, start: int, stop: int) -> str:
+def piece(found: Chunked, start: int, stop: int) -> str:
     made = found.piece(start, stop)
     assert made is not None
     check(made, catalogue())
     return render(made)
 
 
-def last(found: Cut, start: int) -> str:
+def last(found: Chunked, start: int) -> str:
     made = found.last(start)
     assert made is not None
     check(made, catalogue())
@@ -165,7 +165,7 @@ def test_why_a_prompt_must_be_whole_is_told_by_the_operation() -> None:
         model.model.layers[0].output[0].softmax(0).save()
     (request,) = model.__dict__["backend"].requests
     found = known_by(catalogue())(request.graph, tracer.constants.data, 8).cut
-    assert found == Whole("tensor.softmax takes rows of the prompt together")
+    assert found == Unchunked("tensor.softmax takes rows of the prompt together")
 
 
 def test_columns_that_a_tensor_chooses_are_taken_of_each_row() -> None:
@@ -180,4 +180,4 @@ def test_columns_that_a_tensor_chooses_are_taken_of_each_row() -> None:
 def test_a_constant_that_pieces_would_make_random_each_for_itself_is_made_once() -> None:
     nodes = [Const(0, "0" * 64), Op(1, "tensor.normal_", [Ref(0)]), Read(2, "model.layers.0.output", 0)]
     found = cut_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, 8)  # type: ignore[arg-type]
-    assert found == Whole("tensor.normal_ changes a constant by other values")
+    assert found == Unchunked("tensor.normal_ changes a constant by other values")

@@ -12,7 +12,7 @@ from nnsight_vllm.frontend.cache_salt import Shared, salt_of, sharing_by
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Log
 from nnsight_vllm.plan.caching import Salt
-from nnsight_vllm.plan.chunking import Whole
+from nnsight_vllm.plan.chunking import Unchunked
 
 V = torch.arange(float(HIDDEN))
 PROMPT = [1, 2, 3]
@@ -149,13 +149,13 @@ def test_bytes_that_are_no_graph_share_nothing() -> None:
     graph = encode(Graph(Block([Log(0, ["here"])])))
     assert sharing([graph], {}, 3) == Shared(Salt.NONE, None, 0, b"", None)
     found = sharing([graph, b"nonsense"], {}, 3)
-    assert (found.salt, found.most) == (Salt.UNIQUE, 0) and isinstance(found.cut, Whole)
+    assert (found.salt, found.most) == (Salt.UNIQUE, 0) and isinstance(found.cut, Unchunked)
 
 
 def test_a_prompt_may_be_cut_where_all_graphs_allow_it() -> None:
     assert found(add, scale, own=reads_all).cut is None
     for shared in (found(add, spread), found(spread, own=caches), found(add, own=averages)):
-        assert isinstance(shared.cut, Whole)
+        assert isinstance(shared.cut, Unchunked)
 
 
 def test_blocks_before_the_first_row_that_any_changes_are_plain() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from nnsight_vllm.frontend.bundling import Related
-from nnsight_vllm.graph.links import Links, Need, decode_links, encode_links
+from nnsight_vllm.frontend.bundling import Bundling
+from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.scheduler import bundles as module
 from nnsight_vllm.scheduler.bundles import Bundles
 from nnsight_vllm.trace.backend import Prompt, Request
-from nnsight_vllm.worker.results.exports import Released
+from nnsight_vllm.wire.step_output import Released
 
 
-def links(*, makes: str = "", needs: dict[str, int] | None = None, size: int = 2, bundle: str = "b") -> bytes:
+def links(*, makes: str = "", needs: dict[str, int] | None = None, size: int = 2, bundle: str = "b") -> Links:
     needed = [Need(key, iteration, 7) for key, iteration in (needs or {}).items()]
-    return encode_links(Links(bundle, size, dict.fromkeys(makes, 1), needed))
+    return Links(bundle, size, dict.fromkeys(makes, 1), needed)
 
 
 def pair() -> Bundles:
@@ -108,16 +108,6 @@ def test_a_value_that_nobody_makes_is_refused_once_all_have_come(monkeypatch: py
     assert "no request of the bundle exports it" in alone.hopeless({"c": 0})["c"].message
 
 
-@pytest.mark.parametrize("data", [b"", b"\x81", 5, encode_links(Links("b", 1)) + b"x"])
-def test_what_is_no_links_fails_its_request(data: bytes) -> None:
-    bundles = Bundles()
-    bundles.add("x", data)
-    assert bundles.holds("x", 0)
-    assert bundles.hopeless({"x": 0})["x"].kind == "GraphError"
-    bundles.ended("x", "")
-    assert not bundles
-
-
 def test_the_worker_hears_of_uses_that_it_cant_know_to_be_over() -> None:
     bundles = Bundles()
     bundles.add("a", links(makes="k", size=3))
@@ -161,35 +151,35 @@ def request(makes: str = "", needs: str = "", n: int = 1) -> Request:
 
 
 def test_makers_are_sent_before_those_who_wait_for_them() -> None:
-    related = Related([request(needs="z"), request(), request(makes="y"), request(makes="z", needs="y")])
+    related = Bundling([request(needs="z"), request(), request(makes="y"), request(makes="z", needs="y")])
     assert related.in_order(range(4)) == [2, 3, 0, 1]
     assert related.in_order([0, 1]) == [0, 1]
 
 
 def test_those_who_need_each_other_are_sent_all_the_same() -> None:
-    assert Related([request("x", "y"), request("y", "x")]).in_order([0, 1]) == [1, 0]
+    assert Bundling([request("x", "y"), request("y", "x")]).in_order([0, 1]) == [1, 0]
 
 
 def test_a_bundle_is_all_that_are_tied_to_each_other() -> None:
-    related = Related(
+    related = Bundling(
         [request("x"), request("y"), request(), request(needs="x", n=3), request(needs="xy"), request("z")]
     )
-    sent = {i: decode_links(data) for i, data in related.links(range(6)).items()}
+    sent = related.links(range(6))
     assert set(sent) == {0, 1, 3, 4, 5}
     assert {sent[i].bundle for i in (0, 1, 3, 4)} == {sent[0].bundle} != {sent[5].bundle}
     assert [sent[i].size for i in (0, 1, 3, 4, 5)] == [6, 6, 6, 6, 1]
     assert sent[0].makes == {"x": 4} and sent[5].makes == {"z": 0}
-    again = {i: decode_links(data) for i, data in related.links([0, 4, 1]).items()}
+    again = related.links([0, 4, 1])
     assert again[0].bundle != sent[0].bundle and again[0].makes == {"x": 1} and again[0].size == 3
 
 
 def test_who_starts_again_does_so_with_those_who_make_its_values() -> None:
-    related = Related([request("x"), request("y", "x"), request(needs="y"), request(needs="y"), request("z")])
+    related = Bundling([request("x"), request("y", "x"), request(needs="y"), request(needs="y"), request("z")])
     assert related.with_makers([2]) == [0, 1, 2]
     assert related.with_makers([0]) == [0]
     assert related.with_makers([1, 4]) == [0, 1, 4]
 
 
 def test_a_thousand_of_one_maker_are_one_bundle() -> None:
-    related = Related([request("x"), *[request(needs="x") for _ in range(1000)]])
-    assert {decode_links(data).size for data in related.links(range(1001)).values()} == {1001}
+    related = Bundling([request("x"), *[request(needs="x") for _ in range(1000)]])
+    assert {links.size for links in related.links(range(1001)).values()} == {1001}

@@ -12,6 +12,7 @@ from toy import VOCAB, Toy, graph
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.graph.nodes import Block, Iterations, Node, Op, Read, Ref, Save, Slice, Tuple, Write
 from nnsight_vllm.scheduler.drafts import DraftPolicy, refuse_other_methods
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 
 @dataclass
@@ -21,7 +22,7 @@ class FakeRequest:
 
     @property
     def sampling_params(self) -> Any:
-        return SimpleNamespace(extra_args={"nnsight_vllm": b""} if self.has_graph else None)
+        return SimpleNamespace(extra_args=encode_extras(RequestExtras([b""])) if self.has_graph else None)
 
 
 class Base:

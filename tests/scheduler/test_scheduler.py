@@ -10,6 +10,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_qu
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.scheduler.block_hashes import salt_from, set_apart
 from nnsight_vllm.scheduler.scheduler import Policy, Scheduler, limit_hits
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 
 BUDGET = 100
 
@@ -32,9 +33,8 @@ class FakeRequest:
     sampling_params: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        policy = {"nnsight_vllm_cut": self.cut, "nnsight_vllm_cached": self.most}
-        extra = {"nnsight_vllm": b"", **policy} if self.has_graph else None
-        self.sampling_params = SimpleNamespace(extra_args=extra)
+        extras = RequestExtras([b""], is_chunkable=self.cut, most_cached=self.most)
+        self.sampling_params = SimpleNamespace(extra_args=encode_extras(extras) if self.has_graph else None)
         self.request_id = f"id of {self.name}"
         self.block_hashes = ["old"]
 
@@ -203,7 +203,7 @@ def _chained(request: Any) -> list[bytes]:
 
 class Hashed(SimpleNamespace):
     def __init__(self, num_blocks: int, salted: tuple[str, int] | None = None) -> None:
-        params = SimpleNamespace(extra_args={"nnsight_vllm_salt": salted})
+        params = SimpleNamespace(extra_args=encode_extras(RequestExtras(salt=salted)))
         super().__init__(num_blocks=num_blocks, cache_salt=None, block_hashes=[], sampling_params=params)
         self.request_id, self._block_hasher = "id", _chained
         self.update_block_hashes()

@@ -178,8 +178,8 @@ def test_bad_prompts_and_sampling_are_admission_errors_with_the_line(model: VLLM
         model.trace(PROMPT, temperature=object())
     with pytest.raises(AdmissionError, match="max_model_len is 64"):
         model.trace([1] * 64)
-    with pytest.raises(AdmissionError, match=r"sets 'nnsight_vllm_links' itself"):
-        model.trace(PROMPT, extra_args={"nnsight_vllm_links": 1})
+    with pytest.raises(AdmissionError, match=r"sets 'nnsight_vllm' itself"):
+        model.trace(PROMPT, extra_args={"nnsight_vllm": 1})
 
 
 def test_the_tokenizer_works_through_the_server(model: VLLM) -> None:

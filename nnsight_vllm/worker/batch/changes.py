@@ -14,7 +14,7 @@ from nnsight_vllm.graph.nodes import Op
 from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.plan.edits import PREFIX
 from nnsight_vllm.worker.batch.group import Group
-from nnsight_vllm.worker.batch.tables import Lines
+from nnsight_vllm.worker.batch.tables import TableLines
 from nnsight_vllm.worker.lanes import algebra
 from nnsight_vllm.worker.lanes.algebra import Uncovered
 from nnsight_vllm.worker.lanes.lanes import Each, Lane, Rows, Shared, View, resolved
@@ -68,7 +68,7 @@ def by_table(group: Group, node: Op, target: Lane, has_kernels: bool) -> bool:
     return True
 
 
-def _edit_part(lines: Lines, part: Lane) -> None:
+def _edit_part(lines: TableLines, part: Lane) -> None:
     assert isinstance(part, Rows | Each)
     lines.edit(part.tensor, part.ragged.owner if isinstance(part, Rows) else torch.arange(len(part.tensor)))
 

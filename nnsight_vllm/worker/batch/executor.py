@@ -28,17 +28,17 @@ from nnsight_vllm.plan.program import SAMPLES, ProgramCache
 from nnsight_vllm.plan.takes import Take
 from nnsight_vllm.plan.template import parameter_of
 from nnsight_vllm.wire.limits import DEFAULT, Limits
-from nnsight_vllm.wire.step_output import Messages
+from nnsight_vllm.wire.step_output import Messages, Released
 from nnsight_vllm.worker.batch.group import Group, key_of
 from nnsight_vllm.worker.batch.group_control import GroupInterpreter
 from nnsight_vllm.worker.batch.group_place import GroupPlace
 from nnsight_vllm.worker.batch.holdings import measure
 from nnsight_vllm.worker.batch.interpreter import Interpreter, ModuleCalls
-from nnsight_vllm.worker.batch.places import Place
-from nnsight_vllm.worker.batch.prefill import Piece, Prefill
+from nnsight_vllm.worker.batch.places import RequestPlace
+from nnsight_vllm.worker.batch.prefill import Prefill, PrefillChunk
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.request_programs import Parts, check_names
-from nnsight_vllm.worker.batch.requests import START, Arrival, Request, Status, Step, interrupted, requests_of
+from nnsight_vllm.worker.batch.request_programs import RequestPrograms, check_names
+from nnsight_vllm.worker.batch.requests import START, Arrival, EngineRequest, Status, Step, interrupted, requests_of
 from nnsight_vllm.worker.batch.shortcuts import did_all
 from nnsight_vllm.worker.batch.tables import Tables
 from nnsight_vllm.worker.batch.tally import Tally
@@ -48,11 +48,11 @@ from nnsight_vllm.worker.model.sampling_sites import SAMPLES_TAP
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Handler, Tensors
 from nnsight_vllm.worker.ops.usage import Holdings
-from nnsight_vllm.worker.results.batched_saves import GroupSheet
-from nnsight_vllm.worker.results.exports import Exports, Released
+from nnsight_vllm.worker.results.batched_saves import BatchedSaves
+from nnsight_vllm.worker.results.exports import Exports
 from nnsight_vllm.worker.results.outbox import Outbox
 
-Unit = Request | Group
+Unit = EngineRequest | Group
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Executor:
         batching: bool = True,
         limits: Limits = DEFAULT,
     ) -> None:
-        self.requests: dict[str, Request] = {}
+        self.requests: dict[str, EngineRequest] = {}
         self.store = store
         self.programs = programs
         self._table = table
@@ -87,7 +87,7 @@ class Executor:
         self._num_saved = 0  # bytes sent home of the requests that live
         self._unsent: set[str] = set()
         self._several: set[str] = set()  # requests with several programs
-        self._ended: set[Parts] = set()  # those of them that ended in this step
+        self._ended: set[RequestPrograms] = set()  # those of them that ended in this step
         self._tables = Tables(device)
         self._visits = Visits(device)
         self._tally = Tally()
@@ -96,7 +96,7 @@ class Executor:
         self._interpreter = Interpreter(table.orders, table.calls, device, self.exports, limits, holdings)
         self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
         self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
-        self._alone: dict[tuple[str, int], Request] = {}
+        self._alone: dict[tuple[str, int], EngineRequest] = {}
         self._groups: list[Group] = []
         self._waiting: dict[int, list[Unit]] = {}
         self._step: Step | None = None
@@ -287,7 +287,7 @@ class Executor:
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _load(self, request: Request, graph: bytes, refuse_samples: str) -> None:
+    def _load(self, request: EngineRequest, graph: bytes, refuse_samples: str) -> None:
         request.progress = Progress(graph)
         request.program, parameters = self.programs.get(graph)
         if request.program.writes_samples and refuse_samples:
@@ -301,17 +301,17 @@ class Executor:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, index: int, step: Step) -> list[Unit]:
+    def _begin(self, request: EngineRequest, index: int, step: Step) -> list[Unit]:
         found: list[Unit] = []
         self._guarded(request, lambda: found.extend(self._units_of(request, index, step)))
         for unit in found:
-            assert isinstance(unit, Request)
+            assert isinstance(unit, EngineRequest)
             unit.iteration += 1
             if unit.wait.site is None and unit.wait.iteration == unit.iteration:
                 self._guarded(unit, partial(self._interpreter.run, unit))
         return found
 
-    def _units_of(self, request: Request, index: int, step: Step) -> list[Request]:
+    def _units_of(self, request: EngineRequest, index: int, step: Step) -> list[EngineRequest]:
         """What runs on a request's rows: usually the request itself."""
         position, count = int(step.positions[index]), int(step.starts[index + 1] - step.starts[index])
         if request.iteration == START:
@@ -367,9 +367,9 @@ class Executor:
 
     def _together(self, units: list[Unit], step: Step) -> Group:
         groups = [unit for unit in units if isinstance(unit, Group)]
-        requests = [unit for unit in units if isinstance(unit, Request)]
+        requests = [unit for unit in units if isinstance(unit, EngineRequest)]
         for request in requests:
-            if not isinstance(request, Piece):  # its owner waits for the next one
+            if not isinstance(request, PrefillChunk):  # its owner waits for the next one
                 self._alone.pop(request.key, None)
         if requests:
             groups.append(Group.of(requests))
@@ -428,13 +428,13 @@ class Executor:
             self._groups = [unit for unit in self._still_running(self._groups) if isinstance(unit, Group)]
             self._ended.clear()
 
-    def _arrive(self, request: Request, tensors: Tensors) -> None:
+    def _arrive(self, request: EngineRequest, tensors: Tensors) -> None:
         name = request.wait.site
         assert name is not None and self._step is not None
         request.order = self._table.orders[name]
         index = self._step.index[request.id]
         rows = self._step.rows(index, self._is_at_logits)
-        request.place = Place(name, self._table.sites[name], tensors, rows)
+        request.place = RequestPlace(name, self._table.sites[name], tensors, rows)
 
     def _arrive_together(self, group: Group, tensors: Tensors) -> None:
         name = group.site
@@ -482,7 +482,7 @@ class Executor:
             unit.env.pop(id, None)
         self._grouped.nodes.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)
 
-    def _run_alone(self, request: Request, arrive: Callable[[], None]) -> None:
+    def _run_alone(self, request: EngineRequest, arrive: Callable[[], None]) -> None:
         def run() -> None:
             arrive()
             self._interpreter.run(request)
@@ -507,7 +507,7 @@ class Executor:
 
     def _leave(self, unit: Unit) -> None:
         """The iteration is over; what a program still waits for in it will never come."""
-        if isinstance(unit, Request):
+        if isinstance(unit, EngineRequest):
             self._guarded(unit, partial(_leave_alone, unit))
             return
         if unit.site is not None and unit.lag <= 0 and not unit.is_over:
@@ -538,7 +538,7 @@ class Executor:
         sent.made = self.exports.take_made()
         return sent
 
-    def _send_early(self, request: Request, sent: Messages) -> None:
+    def _send_early(self, request: EngineRequest, sent: Messages) -> None:
         """Say at once that a request failed while its prompt is computed, though it has no output yet."""
         if self._step is None or request.id not in self._step.index or not request.has_failed:
             return
@@ -549,7 +549,7 @@ class Executor:
 
     def _send_together(self, group: Group, sent: Messages) -> None:
         assert self._step is not None
-        sheet, group.sheet = group.sheet, GroupSheet(len(group))
+        sheet, group.sheet = group.sheet, BatchedSaves(len(group))
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
         in_step = size - len(start)
@@ -572,7 +572,7 @@ class Executor:
         self._settle()
         return max(member.sent_in_all for member in group.members)
 
-    def _send(self, request: Request, message: Tensor, sent: Messages, in_step: int = 0) -> None:
+    def _send(self, request: EngineRequest, message: Tensor, sent: Messages, in_step: int = 0) -> None:
         """A message on its way home, unless it brings the request or the engine over its limit."""
         self._settle()
         request.num_saved += message.numel()
@@ -587,19 +587,19 @@ class Executor:
             if request.links is not None and (failure := request.failed_by) is not None:
                 sent.failed[request.id] = failure
 
-    def _refuse_results(self, request: Request, excess: str) -> None:
+    def _refuse_results(self, request: EngineRequest, excess: str) -> None:
         self._groups = [part for group in self._groups if (part := _without(group, {request.id})) is not None]
         request.start_over(Outbox(request.id, self._unsent, self._limits))
         request.fail(InterventionError(excess), keep_token=True)
 
-    def _excess_held(self, request: Request, of_request: int, of_all: int) -> str:
+    def _excess_held(self, request: EngineRequest, of_request: int, of_all: int) -> str:
         return self._limits.excess(request.sent_in_all + of_request, self._num_saved + of_all)
 
     def _settle(self) -> None:
         for group in self._groups:
             group.settle()
 
-    def _guarded(self, request: Request, work: Callable[[], None]) -> None:
+    def _guarded(self, request: EngineRequest, work: Callable[[], None]) -> None:
         """Nothing that a graph does may leave the op's body: it would end the engine for everybody."""
         try:
             with _inference():
@@ -610,7 +610,7 @@ class Executor:
             self._interrupt = error
             request.fail(error, self._keeps_token(request))
 
-    def _keeps_token(self, request: Request) -> bool:
+    def _keeps_token(self, request: EngineRequest) -> bool:
         return request.order >= self._table.orders[SAMPLES]
 
     def _active_pop(self, tap: int) -> None:
@@ -627,7 +627,7 @@ def _inference() -> AbstractContextManager[object]:
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
-def _leave_alone(request: Request) -> None:
+def _leave_alone(request: EngineRequest) -> None:
     wait = request.wait
     if request.is_running and wait.site is not None and wait.iteration == request.iteration:
         raise OutOfOrderError(f"the model ran iteration {wait.iteration} without passing {wait.site}")

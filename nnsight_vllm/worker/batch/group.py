@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from nnsight_vllm.plan.program import Program
+from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.batch.group_place import GroupPlace, Layout
-from nnsight_vllm.worker.batch.requests import START, IterationsFrame, Request, Step, Wait
-from nnsight_vllm.worker.batch.tables import Lines
+from nnsight_vllm.worker.batch.requests import START, EngineRequest, IterationsFrame, Step, Wait
+from nnsight_vllm.worker.batch.tables import TableLines
 from nnsight_vllm.worker.lanes.lanes import (
     Each,
-    Ints,
     Items,
     Lane,
     Ragged,
@@ -33,7 +33,7 @@ from nnsight_vllm.worker.lanes.lanes import (
     lane_of,
 )
 from nnsight_vllm.worker.ops.usage import Spent
-from nnsight_vllm.worker.results.batched_saves import GroupSheet
+from nnsight_vllm.worker.results.batched_saves import BatchedSaves
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Group:
     """
 
     program: Program
-    members: list[Request]
+    members: list[EngineRequest]
     env: dict[int, Lane]
     pc: int
     frames: list[Frame]
@@ -82,13 +82,13 @@ class Group:
     place: GroupPlace | None = None
     node: int | None = None
     dead: set[int] = field(default_factory=set)
-    sheet: GroupSheet = field(default_factory=lambda: GroupSheet(0))
+    sheet: BatchedSaves = field(default_factory=lambda: BatchedSaves(0))
     num_saved: int = 0
     spent: Spent = field(default_factory=Spent)
     is_over: bool = False
     _most_saved: int | None = None
     _parameters: dict[int, Lane] = field(default_factory=dict)
-    _lines: dict[int, Lines] = field(default_factory=dict)
+    _lines: dict[int, TableLines] = field(default_factory=dict)
     _in_step: tuple[Frame | None, Ints | None] = (None, None)
     _located: tuple[object, Ints] | None = None
     _layouts: dict[bool, tuple[Step, Layout]] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Group:
     # -- making and taking apart -------------------------------------------------------------------------------------
 
     @classmethod
-    def of(cls, requests: list[Request]) -> Group:
+    def of(cls, requests: list[EngineRequest]) -> Group:
         """Requests that wait at one point of one program, no loop around it, as a group."""
         first = requests[0]
         # What one has and another hasn't came from a branch that is over, and nobody reads it any more.
@@ -125,7 +125,7 @@ class Group:
         group = cls(
             first.program, requests, env, first.pc, frames, first.wait.site, lag, iteration, prompt, first.order
         )
-        group.sheet = GroupSheet(len(requests))
+        group.sheet = BatchedSaves(len(requests))
         return group
 
     @classmethod
@@ -151,7 +151,7 @@ class Group:
             np.concatenate([group.prompt for group in groups]),
             first.order,
         )
-        merged.sheet = GroupSheet(len(merged))
+        merged.sheet = BatchedSaves(len(merged))
         return merged
 
     def select(self, keep: Sequence[int]) -> Group:
@@ -172,10 +172,10 @@ class Group:
             self.prompt[list(keep)],
             self.order,
         )
-        part.sheet, part.spent = GroupSheet(len(part)), replace(self.spent)
+        part.sheet, part.spent = BatchedSaves(len(part)), replace(self.spent)
         return part
 
-    def release(self) -> Request:
+    def release(self) -> EngineRequest:
         """The only member, on its own again."""
         (request,) = self.members
         self.spill()
@@ -274,10 +274,10 @@ class Group:
             self._parameters[id] = self._known(values) or constant_of(values)
         return self._parameters[id]
 
-    def lines(self, node: int) -> Lines:
+    def lines(self, node: int) -> TableLines:
         """The members' lines for an edit."""
         if node not in self._lines:
-            self._lines[node] = Lines.of([member.slots.get(node) for member in self.members])
+            self._lines[node] = TableLines.of([member.slots.get(node) for member in self.members])
         return self._lines[node]
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -297,7 +297,7 @@ class Group:
         return None
 
 
-def key_of(request: Request) -> tuple[object, ...] | None:
+def key_of(request: EngineRequest) -> tuple[object, ...] | None:
     """A request's key, as `Group.key`; None where it can't be in a group."""
     if any(not isinstance(frame, IterationsFrame) for frame in request.frames):
         return None
@@ -307,7 +307,7 @@ def key_of(request: Request) -> tuple[object, ...] | None:
     return (id(request.program), request.pc, len(request.frames), lag, request.wait.site, request.number)
 
 
-def _depths(request: Request) -> range:
+def _depths(request: EngineRequest) -> range:
     return range(len(request.frames))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsight_vllm.worker.batch.places import Place
-from nnsight_vllm.worker.lanes.lanes import Ints, Ragged, ranges
+from nnsight_vllm.wire.step_output import Ints
+from nnsight_vllm.worker.batch.places import RequestPlace
+from nnsight_vllm.worker.lanes.lanes import Ragged, ranges
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Tensors
 
@@ -101,11 +102,11 @@ class GroupPlace:
         layout = Layout(self._layout.starts[at], Ragged(self.ragged.counts[at]))
         return GroupPlace(self.name, self._site, self._tensors, layout, blame)
 
-    def share(self, i: int) -> Place:
+    def share(self, i: int) -> RequestPlace:
         """Request i's part, on the same memory, for what it does by itself."""
         start, count = int(self._layout.starts[i]), int(self.ragged.counts[i])
         work = self.current.tensor[self.ragged.slice_of(i)]
-        return Place(self.name, self._site, self._tensors, slice(start, start + count), work)
+        return RequestPlace(self.name, self._site, self._tensors, slice(start, start + count), work)
 
     def aliases(self, tensor: Tensor) -> bool:
         """Whether the tensor shares the working copy's memory."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nnsight_vllm.worker.batch.group import Group, GroupLoop
-from nnsight_vllm.worker.batch.requests import LoopFrame, Request
+from nnsight_vllm.worker.batch.requests import EngineRequest, LoopFrame
 from nnsight_vllm.worker.lanes.lanes import Each, Items, Lane, Rows, Several, Shared, View
 from nnsight_vllm.worker.ops.usage import Storages
 
 
-def measure(units: Iterable[Request | Group]) -> int:
+def measure(units: Iterable[EngineRequest | Group]) -> int:
     """Write what each request holds into its `Spent`. Returns the bytes of all."""
-    held: dict[int, tuple[Request, int]] = {}
+    held: dict[int, tuple[EngineRequest, int]] = {}
     for unit in {id(unit): unit for unit in units}.values():
-        for request, num_bytes in [_of_request(unit)] if isinstance(unit, Request) else _of_group(unit):
+        for request, num_bytes in [_of_request(unit)] if isinstance(unit, EngineRequest) else _of_group(unit):
             known = held.get(id(request.spent), (request, 0))
             held[id(request.spent)] = request, known[1] + num_bytes
     for request, num_bytes in held.values():
@@ -22,7 +22,7 @@ def measure(units: Iterable[Request | Group]) -> int:
     return sum(num_bytes for _, num_bytes in held.values())
 
 
-def _of_request(request: Request) -> tuple[Request, int]:
+def _of_request(request: EngineRequest) -> tuple[EngineRequest, int]:
     found = Storages(request.parameters.values())
     for id, value in request.env.items():
         if id >= 0:
@@ -33,7 +33,7 @@ def _of_request(request: Request) -> tuple[Request, int]:
     return request, found.num_bytes
 
 
-def _of_group(group: Group) -> list[tuple[Request, int]]:
+def _of_group(group: Group) -> list[tuple[EngineRequest, int]]:
     """What the members have together counts for each in equal parts."""
     members = group.members
     known = [value for member in members for value in member.parameters.values()]

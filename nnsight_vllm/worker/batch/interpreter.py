@@ -34,8 +34,8 @@ from nnsight_vllm.plan.instructions import (
 )
 from nnsight_vllm.plan.program import SAMPLES
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.places import Place
-from nnsight_vllm.worker.batch.requests import IterationsFrame, LoopFrame, Request, Wait
+from nnsight_vllm.worker.batch.places import RequestPlace
+from nnsight_vllm.worker.batch.requests import EngineRequest, IterationsFrame, LoopFrame, Wait
 from nnsight_vllm.worker.ops.containers import check_container, printed
 from nnsight_vllm.worker.ops.guard import Guard
 from nnsight_vllm.worker.ops.operations import FACTORIES, OPERATIONS, evaluate
@@ -77,7 +77,7 @@ class Interpreter:
         self.guard = Guard(limits)
         self.step = 0
         self.num_run = 0  # nodes
-        self._methods: dict[type, Callable[[Request, Any], bool]] = {
+        self._methods: dict[type, Callable[[EngineRequest, Any], bool]] = {
             At: self.at,
             Run: self.run_node,
             Halt: self.halt,
@@ -91,7 +91,7 @@ class Interpreter:
             Free: self.free,
             End: self.end,
         }
-        self._nodes: dict[type, Callable[[Request, Any], Any]] = {
+        self._nodes: dict[type, Callable[[EngineRequest, Any], Any]] = {
             Read: self.read,
             Write: self.write,
             Op: self.op,
@@ -103,7 +103,7 @@ class Interpreter:
             Import: self.import_,
         }
 
-    def run(self, request: Request) -> None:
+    def run(self, request: EngineRequest) -> None:
         """Go on until the program waits (`request.wait`) or is over. Raises what its time being up raises."""
         spent, began = request.spent.at(self.step), perf_counter()
         until, waits = began + self.limits.seconds - spent.seconds, False
@@ -118,11 +118,11 @@ class Interpreter:
             spent.seconds += perf_counter() - began
             request.pc -= waits
 
-    def keeps_token(self, request: Request) -> bool:
+    def keeps_token(self, request: EngineRequest) -> bool:
         """Whether this iteration's token was drawn and seen before the program got here."""
         return request.order >= self._orders[SAMPLES]
 
-    def at(self, request: Request, at: At) -> bool:
+    def at(self, request: EngineRequest, at: At) -> bool:
         iteration = request.absolute(at.iteration)
         if at.site is None:
             request.wait = Wait(None, iteration)
@@ -133,7 +133,7 @@ class Interpreter:
         request.wait = Wait(at.site, iteration)
         return False
 
-    def run_node(self, request: Request, run: Run) -> bool:
+    def run_node(self, request: EngineRequest, run: Run) -> bool:
         node = run.node
         request.node = node.id
         self.num_run += 1
@@ -145,31 +145,31 @@ class Interpreter:
         _free(request, run.free)
         return True
 
-    def _check_held(self, request: Request) -> None:
+    def _check_held(self, request: EngineRequest) -> None:
         if excess := self.holdings.excess(request.spent.held):
             raise InterventionError(excess)
 
-    def halt(self, request: Request, halt: Halt) -> bool:
+    def halt(self, request: EngineRequest, halt: Halt) -> bool:
         request.stop(self.keeps_token(request))
         return True
 
-    def branch(self, request: Request, branch: Branch) -> bool:
+    def branch(self, request: EngineRequest, branch: Branch) -> bool:
         request.node = branch.node
         if not evaluate(branch.test, request.env):
             request.pc = branch.target
         return True
 
-    def jump(self, request: Request, jump: Jump) -> bool:
+    def jump(self, request: EngineRequest, jump: Jump) -> bool:
         request.pc = jump.target
         return True
 
-    def move(self, request: Request, move: Move) -> bool:
+    def move(self, request: EngineRequest, move: Move) -> bool:
         values = [evaluate(value, request.env) for value in move.values]
         request.env.update(zip(move.ids, values, strict=True))
         _free(request, move.free)
         return True
 
-    def loop_begin(self, request: Request, begin: LoopBegin) -> bool:
+    def loop_begin(self, request: EngineRequest, begin: LoopBegin) -> bool:
         request.node = begin.node
         request.frames.append(LoopFrame(self.items_of(evaluate(begin.over, request.env))))
         return True
@@ -181,7 +181,7 @@ class Interpreter:
             raise InterventionError(f"a loop over {num} items; the limit `trips` is {self.limits.trips}")
         return list(over)
 
-    def loop_next(self, request: Request, step: LoopNext) -> bool:
+    def loop_next(self, request: EngineRequest, step: LoopNext) -> bool:
         frame = request.frames[-1]
         assert isinstance(frame, LoopFrame)
         if frame.position < len(frame.items):
@@ -193,12 +193,12 @@ class Interpreter:
         request.pc = step.exit
         return True
 
-    def iter_begin(self, request: Request, begin: IterBegin) -> bool:
+    def iter_begin(self, request: EngineRequest, begin: IterBegin) -> bool:
         start, stop, step = (evaluate(bound, request.env) for bound in (begin.start, begin.stop, begin.step))
         request.frames.append(IterationsFrame(start, END if stop is None else stop, step))
         return True
 
-    def iter_next(self, request: Request, step: IterNext) -> bool:
+    def iter_next(self, request: EngineRequest, step: IterNext) -> bool:
         frame = request.frames[-1]
         assert isinstance(frame, IterationsFrame)
         if frame.advance():
@@ -208,60 +208,60 @@ class Interpreter:
         request.pc = step.exit
         return True
 
-    def free(self, request: Request, free: Free) -> bool:
+    def free(self, request: EngineRequest, free: Free) -> bool:
         _free(request, free.ids)
         return True
 
-    def end(self, request: Request, end: End) -> bool:
+    def end(self, request: EngineRequest, end: End) -> bool:
         request.end()
         return True
 
-    def read(self, request: Request, node: Read) -> Tensor:
+    def read(self, request: EngineRequest, node: Read) -> Tensor:
         return request.place_at(node.site).work
 
-    def write(self, request: Request, node: Write) -> None:
+    def write(self, request: EngineRequest, node: Write) -> None:
         request.place_at(node.site).assign(evaluate(node.value, request.env))
 
-    def const(self, request: Request, node: Const) -> Tensor:
+    def const(self, request: EngineRequest, node: Const) -> Tensor:
         tensor: Tensor = request.env[int(node.digest)]
         return tensor.clone() if node.id in request.program.copied else tensor
 
-    def call(self, request: Request, node: Call) -> Tensor:
+    def call(self, request: EngineRequest, node: Call) -> Tensor:
         return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
 
-    def save(self, request: Request, node: Save) -> None:
+    def save(self, request: EngineRequest, node: Save) -> None:
         if isinstance(node.value, Ref) and node.value.id in request.program.streams:
             request.outbox.start(node.name)
         else:
             request.outbox.save(node.name, evaluate(node.value, request.env))
 
-    def log(self, request: Request, node: Log) -> None:
+    def log(self, request: EngineRequest, node: Log) -> None:
         request.outbox.log(" ".join(printed(evaluate(arg, request.env)) for arg in node.args))
 
-    def export(self, request: Request, node: Export) -> None:
+    def export(self, request: EngineRequest, node: Export) -> None:
         self.keep(request, node, evaluate(node.value, request.env))
 
-    def import_(self, request: Request, node: Import) -> Any:
+    def import_(self, request: EngineRequest, node: Import) -> Any:
         value = self.draw(request, node)
         return frozen_copy(value) if node.id in request.program.copied else value
 
-    def keep(self, request: Request, node: Export, value: Any) -> None:
+    def keep(self, request: EngineRequest, node: Export, value: Any) -> None:
         """Keep a request's value for others of its bundle."""
         self._exports.make(request.links, request.parameters[int(node.key)], value)
 
-    def draw(self, request: Request, node: Import) -> Any:
+    def draw(self, request: EngineRequest, node: Import) -> Any:
         """Another request's value. It is everybody's."""
         key = request.parameters[int(node.key)]
         value = self._exports.draw(request.links, key)
         request.drawn.add(key)
         return value
 
-    def op(self, request: Request, node: Op) -> Any:
+    def op(self, request: EngineRequest, node: Op) -> Any:
         args = [evaluate(arg, request.env) for arg in node.args]
         kwargs = {key: evaluate(value, request.env) for key, value in node.kwargs.items()}
         return self.perform(request, node, args, kwargs)
 
-    def perform(self, request: Request, node: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def perform(self, request: EngineRequest, node: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """One operation on values that are there."""
         stream = _stream(request, node)
         if stream is not None:
@@ -285,14 +285,14 @@ class Interpreter:
         return result
 
     def _write_in_place(
-        self, place: Place, name: str, args: list[Any], kwargs: dict[str, Any], request: Request
+        self, place: RequestPlace, name: str, args: list[Any], kwargs: dict[str, Any], request: EngineRequest
     ) -> Any:
         place.refuse_floats(args[2:] if name == "py.setitem" else args[1:])
         if name in ADDS and len(args) == 2 and not kwargs and place.add(args[0], args[1], ADDS[name]):
             return args[0]
         return place.change(lambda: self._apply(request, name, args, kwargs))
 
-    def _apply(self, request: Request, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, request: EngineRequest, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name in FACTORIES and self.device.type != "cpu":
             kwargs.setdefault("device", self.device)
         self.guard.allow(name, args, kwargs)
@@ -303,20 +303,20 @@ class Interpreter:
             torch.manual_seed(request.draw_seed())
             return OPERATIONS[name](*args, **kwargs)
 
-    def _check_ahead(self, request: Request, site: str, iteration: int) -> None:
+    def _check_ahead(self, request: EngineRequest, site: str, iteration: int) -> None:
         here = (request.iteration, request.order)
         if (iteration, self._orders[site]) <= here:
             raise OutOfOrderError(f"{site} at iteration {iteration} has passed: the request is at iteration {here[0]}")
 
 
-def _settled_arg(arg: Arg, value: Any, place: Place) -> Any:
+def _settled_arg(arg: Arg, value: Any, place: RequestPlace) -> Any:
     """A value as a container takes it. A list or dict that exists already keeps its identity."""
     if isinstance(arg, Ref) and isinstance(value, list | dict):
         return value
     return settled(value, place)
 
 
-def settled(value: Any, place: Place) -> Any:
+def settled(value: Any, place: RequestPlace) -> Any:
     """What aliases the place is copied, inside lists, tuples and dicts too: it's the value of this moment."""
     match value:
         case Tensor():
@@ -344,12 +344,12 @@ def _changed(name: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     return [*targets, kwargs["out"]] if "out" in kwargs else targets
 
 
-def _stream(request: Request, node: Op) -> str | None:
+def _stream(request: EngineRequest, node: Op) -> str | None:
     """The name under which an append goes home at once."""
     target = node.args[0] if node.name == "py.append" else None
     return request.program.streams.get(target.id) if isinstance(target, Ref) else None
 
 
-def _free(request: Request, ids: tuple[int, ...]) -> None:
+def _free(request: EngineRequest, ids: tuple[int, ...]) -> None:
     for id in ids:
         request.env.pop(id, None)

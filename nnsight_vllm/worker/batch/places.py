@@ -18,7 +18,7 @@ from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Tensors
 
 
-class Place:
+class RequestPlace:
     """One request at one site in one iteration. `work`: the working copy, [rows, ...], contiguous.
 
     Within a group it is the request's rows of the group's.

@@ -15,24 +15,24 @@ import torch
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.nodes import Graph
-from nnsight_vllm.plan.chunking import Whole, cut_of
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.plan.template import Digest, parameter_of
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.requests import Request, interrupted
+from nnsight_vllm.worker.batch.requests import EngineRequest, interrupted
 from nnsight_vllm.worker.batch.tensor_store import Store
 
-Excess = Callable[[Request, int, int], str]
+Excess = Callable[[EngineRequest, int, int], str]
 """What's over its limit if a request holds so many bytes and all of them so many; empty where nothing is."""
 
 
 @dataclass(kw_only=True)
-class Piece(Request):
+class PrefillChunk(EngineRequest):
     """A request for one step with a piece of its prompt. Its failure is its owner's."""
 
-    owner: Request
+    owner: EngineRequest
 
     def fail(self, error: BaseException, keep_token: bool) -> None:
         super().fail(error, keep_token)
@@ -47,15 +47,15 @@ class Prefill:
     def __init__(
         self, programs: ProgramCache, store: Store, trailing: Callable[[str], int], device: torch.device
     ) -> None:
-        self.pieces: list[Piece] = []
-        self.joined: list[tuple[Request, list[int], str]] = []
+        self.pieces: list[PrefillChunk] = []
+        self.joined: list[tuple[EngineRequest, list[int], str]] = []
         self.num_held = 0  # bytes
         self._programs = programs
         self._store = store
         self._trailing = trailing
         self._device = device
 
-    def unit(self, request: Request, position: int, count: int) -> Request | None:
+    def unit(self, request: EngineRequest, position: int, count: int) -> EngineRequest | None:
         """What runs on these rows of a prompt: the request, a piece of it, or nobody. Raises `PreemptedError`."""
         progress, end = request.progress, position + count
         assert progress is not None
@@ -70,7 +70,7 @@ class Prefill:
         if end == request.prompt_length:
             self._finish(request, progress, progress.cut, position)
             return request
-        if isinstance(progress.cut, Whole):
+        if isinstance(progress.cut, Unchunked):
             raise interrupted(request, position, count)
         graph = progress.cut.piece(position, end)
         return None if graph is None else self._piece(request, graph)
@@ -99,32 +99,32 @@ class Prefill:
                     group.forget(ids)
         self.joined = []
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: EngineRequest) -> None:
         """The request is gone."""
         if request.progress is not None:
             self.num_held -= request.progress.let_go()
             request.progress = None
 
-    def _cut(self, request: Request, graph: bytes) -> Cut | Whole:
+    def _cut(self, request: EngineRequest, graph: bytes) -> Chunked | Unchunked:
         return cut_of(decode(graph), self._trailing, lambda digest: self._store.get(digest).ndim, request.prompt_length)
 
-    def _piece(self, request: Request, graph: Graph) -> Piece:
-        piece = Piece(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
+    def _piece(self, request: EngineRequest, graph: Graph) -> PrefillChunk:
+        piece = PrefillChunk(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
         piece.spent, piece.outbox = request.spent, request.outbox.another()
         self._load(piece, graph, {})
         self.pieces.append(piece)
         return piece
 
-    def _finish(self, request: Request, progress: Progress, cut: Cut | Whole, position: int) -> None:
+    def _finish(self, request: EngineRequest, progress: Progress, cut: Chunked | Unchunked, position: int) -> None:
         """The prompt's last rows come: have its program know where they begin, and what was held."""
-        graph = None if isinstance(cut, Whole) else cut.last(position)
-        if isinstance(cut, Cut) and graph is not None:
+        graph = None if isinstance(cut, Unchunked) else cut.last(position)
+        if isinstance(cut, Chunked) and graph is not None:
             keys = {sent.key: position for sents in cut.sent.values() for sent in sents}
             ids = self._load(request, graph, keys)
             self.joined.append((request, ids, progress.excess))
         self.drop(request)
 
-    def _load(self, unit: Request, graph: Graph, keys: dict[str, int]) -> list[int]:
+    def _load(self, unit: EngineRequest, graph: Graph, keys: dict[str, int]) -> list[int]:
         """Give a unit a program. `keys`: constants that are rows of the pieces before, which end at a position."""
         unit.program, parameters = self._programs.of(graph)
         unit.parameters, held = {}, []

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nnsight_vllm.plan.chunking import Whole
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked
+from nnsight_vllm.plan.chunks import Chunked
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Progress:
 
     graph: bytes
     computed: int = 0
-    cut: Cut | Whole | None = None
+    cut: Chunked | Unchunked | None = None
     held: dict[str, list[Tensor]] = field(default_factory=dict)
     num_bytes: int = 0
     excess: str = ""

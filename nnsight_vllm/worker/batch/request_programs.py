@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nnsight_vllm.errors import GraphError
+from nnsight_vllm.wire.extras import MAX_PROGRAMS
 
 if TYPE_CHECKING:
-    from nnsight_vllm.worker.batch.requests import Request, Status
-
-MAX_PROGRAMS = 64
+    from nnsight_vllm.worker.batch.requests import EngineRequest, Status
 
 
-class Parts:
+class RequestPrograms:
     """The programs of one request, in order. `ended` collects the requests that end in a step."""
 
-    def __init__(self, ended: set[Parts]) -> None:
-        self.units: list[Request] = []
+    def __init__(self, ended: set[RequestPrograms]) -> None:
+        self.units: list[EngineRequest] = []
         self.is_over = False
         self._ended = ended
 
@@ -42,7 +41,7 @@ class Parts:
         self.is_over = False
 
 
-def check_names(units: Sequence[Request]) -> None:
+def check_names(units: Sequence[EngineRequest]) -> None:
     """Raise `GraphError` if two programs of a request send home under one name, or if there are too many."""
     if len(units) > MAX_PROGRAMS:
         raise GraphError(f"a request carries {len(units)} graphs; the limit is {MAX_PROGRAMS}")

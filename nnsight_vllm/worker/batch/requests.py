@@ -12,11 +12,11 @@ from nnsight_vllm.errors import InterventionError, OutOfOrderError, PreemptedErr
 from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.plan.program import Program
-from nnsight_vllm.worker.batch.places import Place
+from nnsight_vllm.wire.step_output import Ints
+from nnsight_vllm.worker.batch.places import RequestPlace
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.request_programs import Parts
-from nnsight_vllm.worker.batch.tables import Lines, Slot
-from nnsight_vllm.worker.lanes.lanes import Ints
+from nnsight_vllm.worker.batch.request_programs import RequestPrograms
+from nnsight_vllm.worker.batch.tables import TableLine, TableLines
 from nnsight_vllm.worker.ops.usage import Spent
 from nnsight_vllm.worker.results.outbox import Outbox, describe
 
@@ -118,7 +118,7 @@ Frame = LoopFrame | IterationsFrame
 
 
 @dataclass
-class Request:
+class EngineRequest:
     """A request, or one of several programs that it has: then `parts` are all of them, and this is the one with `number`.
 
     `pc`: the next instruction. `order`: how far the program is in this iteration. `progress`: until its prompt is computed.
@@ -138,12 +138,12 @@ class Request:
     node: int | None = None
     env: dict[int, Any] = field(default_factory=dict)
     parameters: dict[int, Any] = field(default_factory=dict)
-    slots: dict[int, Slot] = field(default_factory=dict)
+    slots: dict[int, TableLine] = field(default_factory=dict)
     frames: list[Frame] = field(default_factory=list)
     wait: Wait = Wait(None, 0)
     iteration: int = START
     order: int = START
-    place: Place | None = None
+    place: RequestPlace | None = None
     num_drawn: int = 0
     num_saved: int = 0  # bytes sent home
     spent: Spent = field(default_factory=Spent)
@@ -153,8 +153,8 @@ class Request:
     outbox: Outbox = field(default_factory=Outbox)
     progress: Progress | None = None
     number: int = 0
-    parts: Parts | None = None
-    _lines: dict[int, Lines] = field(default_factory=dict)
+    parts: RequestPrograms | None = None
+    _lines: dict[int, TableLines] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -166,7 +166,7 @@ class Request:
         return self.id, self.number
 
     @property
-    def programs(self) -> Sequence[Request]:
+    def programs(self) -> Sequence[EngineRequest]:
         """All programs of this request."""
         return (self,) if self.parts is None else self.parts.units
 
@@ -197,16 +197,16 @@ class Request:
         """Whether the step computes just what comes next, once the prompt is there: the one next position."""
         return count == 1 and position == self.prompt_length + self.iteration
 
-    def place_at(self, site: str) -> Place:
+    def place_at(self, site: str) -> RequestPlace:
         """The place at this site, if that's where the program is."""
         if self.place is None or self.place.name != site:
             raise OutOfOrderError(f"{site} can't be changed any more: the program has left it")
         return self.place
 
-    def lines(self, node: int) -> Lines:
+    def lines(self, node: int) -> TableLines:
         """Its line for an edit."""
         if node not in self._lines:
-            self._lines[node] = Lines.of([self.slots.get(node)])
+            self._lines[node] = TableLines.of([self.slots.get(node)])
         return self._lines[node]
 
     @property
@@ -264,7 +264,7 @@ class Request:
         self.frames = []
 
 
-def interrupted(request: Request, position: int, count: int) -> PreemptedError:
+def interrupted(request: EngineRequest, position: int, count: int) -> PreemptedError:
     """The step computes something else of a request than what comes next."""
     rows = f"positions {position} to {position + count - 1}"
     if request.iteration == START:
@@ -272,13 +272,13 @@ def interrupted(request: Request, position: int, count: int) -> PreemptedError:
     return PreemptedError(f"the engine evicted the request after iteration {request.iteration} and recomputes {rows}")
 
 
-def requests_of(arrival: Arrival, outbox: Outbox, ended: set[Parts]) -> list[Request]:
+def requests_of(arrival: Arrival, outbox: Outbox, ended: set[RequestPrograms]) -> list[EngineRequest]:
     """One for each graph of a new request; they share what they send."""
     graphs = arrival.graphs
-    parts, drawn = Parts(ended) if len(graphs) > 1 else None, set[str]()
+    parts, drawn = RequestPrograms(ended) if len(graphs) > 1 else None, set[str]()
     spent = Spent()
     units = [
-        Request(
+        EngineRequest(
             arrival.request_id,
             arrival.prompt_length,
             arrival.seed,

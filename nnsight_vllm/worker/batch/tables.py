@@ -23,7 +23,7 @@ ANY, NO_WIDTH = -1, -2
 
 
 @dataclass(frozen=True)
-class Slot:
+class TableLine:
     """A line in use. `width` of the rows that it fits."""
 
     table: Table
@@ -32,7 +32,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Lines:
+class TableLines:
     """Some requests' lines for one edit. `numbers`: for each table their slots, int32 [requests], -1 where one has none.
 
     `widths`: of the rows that they fit; `NO_WIDTH` is among them if a request has no line.
@@ -42,7 +42,7 @@ class Lines:
     widths: frozenset[int]
 
     @classmethod
-    def of(cls, slots: Sequence[Slot | None]) -> Lines:
+    def of(cls, slots: Sequence[TableLine | None]) -> TableLines:
         found = [slot for slot in slots if slot is not None]
         tables = {id(slot.table): slot.table for slot in found}
         numbers = [
@@ -62,7 +62,7 @@ class Lines:
             edit(rows, table.operation, numbers[owner].to(rows.device), table.columns)
 
 
-def _number(slot: Slot | None, table: Table) -> int:
+def _number(slot: TableLine | None, table: Table) -> int:
     return slot.number if slot is not None and slot.table is table else -1
 
 
@@ -74,7 +74,7 @@ class Tables:
         self._tables: dict[Hashable, Table] = {}
         self._needs_filling = False
 
-    def acquire(self, wanted: Edit, parameters: Sequence[Parameter], values: Mapping[int, Any]) -> Slot | None:
+    def acquire(self, wanted: Edit, parameters: Sequence[Parameter], values: Mapping[int, Any]) -> TableLine | None:
         """A slot for this request's edit; None where its values don't make a line. `values`: of the parameters, by id."""
         if wanted.zero is not None and values[wanted.zero] != 0:
             return None
@@ -94,9 +94,9 @@ class Tables:
         parts = [None if id is None else _name(parameters[parameter_of(id)]) for id in wanted.values]
         number = table.acquire((wanted.sign, *parts), line)
         self._needs_filling |= not table.is_filled
-        return Slot(table, number, ANY if width is None else width)
+        return TableLine(table, number, ANY if width is None else width)
 
-    def release(self, slots: Iterable[Slot]) -> None:
+    def release(self, slots: Iterable[TableLine]) -> None:
         """The request is gone: its slots have a user less."""
         for slot in slots:
             slot.table.release(slot.number)

@@ -17,13 +17,14 @@ from torch import Tensor
 from nnsight_vllm.kernels.dispatch import choose, edit
 from nnsight_vllm.kernels.table import DTYPES, Table
 from nnsight_vllm.plan.edits import Visit
+from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.batch.group import Group
-from nnsight_vllm.worker.batch.requests import Request, Step
-from nnsight_vllm.worker.lanes.lanes import Ints, as_ints, ranges
+from nnsight_vllm.worker.batch.requests import EngineRequest, Step
+from nnsight_vllm.worker.lanes.lanes import as_ints, ranges
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Tensors
 
-Unit = Request | Group
+Unit = EngineRequest | Group
 
 
 @dataclass

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.plan.rows import Kind, Rule
+from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.lanes.lanes import (
     Each,
     Held,
-    Ints,
     Items,
     Lane,
     Pick,

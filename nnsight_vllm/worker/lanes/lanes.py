@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Ints = NDArray[np.int64]
+from nnsight_vllm.wire.step_output import Ints
+
 MAX_STACK = 1 << 27  # bytes: more isn't copied together
 
 

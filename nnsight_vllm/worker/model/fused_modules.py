@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnsight_vllm.worker.layers import views
 from nnsight_vllm.worker.model.hooks import Kept, Source, Tap
 from nnsight_vllm.worker.model.modules import Part
-from nnsight_vllm.worker.model.sites import Activation, Apply, Direct, Gate, Refresh, Slot
+from nnsight_vllm.worker.model.sites import Activation, Apply, Direct, Gate, Refresh, TensorSlice
 from nnsight_vllm.worker.model.survey import Firing, Survey, is_same
 from nnsight_vllm.worker.model.taps import Tensors
 
@@ -38,8 +38,8 @@ class Normed:
 class Refreshed:
     """`result = apply(source)` for the rows that changed."""
 
-    source: Slot
-    result: Slot
+    source: TensorSlice
+    result: TensorSlice
     apply: Apply
 
     def __call__(self, tensors: Tensors, rows: slice, changed: Tensor) -> None:
@@ -166,7 +166,13 @@ def place_normed(place: Placement, firing: Firing, fused: Firing, norms: list[No
 
 
 def _share(
-    place: Placement, part: Part, tap: Tap, given: Slot, whole: Slot, shared: bool, refresh: Refresh | None
+    place: Placement,
+    part: Part,
+    tap: Tap,
+    given: TensorSlice,
+    whole: TensorSlice,
+    shared: bool,
+    refresh: Refresh | None,
 ) -> None:
     """Input and output of one linear, which is some columns of a fused one."""
     assert part.host is not None
@@ -176,7 +182,7 @@ def _share(
     place.add(Direct(place.info(part.path, "output"), tap.number, slot, refresh))
 
 
-def _refreshed(place: Placement, norm: Normed, whole: Slot, result: Slot) -> Refreshed:
+def _refreshed(place: Placement, norm: Normed, whole: TensorSlice, result: TensorSlice) -> Refreshed:
     value = norm.firing.tensors()[0][1]
     heads = value.shape[2:] if whole.batched else value.shape[1:]
     source = whole.part(norm.columns).shaped((int(heads[0]), int(heads[1])) if len(heads) == 2 else None)

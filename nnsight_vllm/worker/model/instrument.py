@@ -25,7 +25,7 @@ from nnsight_vllm.worker.model.catalogue import describe
 from nnsight_vllm.worker.model.hooks import install, wrap_head
 from nnsight_vllm.worker.model.modules import Part
 from nnsight_vllm.worker.model.placement import Placement
-from nnsight_vllm.worker.model.sites import Argument, Direct, Site, Slot
+from nnsight_vllm.worker.model.sites import Argument, Direct, Site, TensorSlice
 from nnsight_vllm.worker.model.survey import survey
 
 SURVEY_ROWS = 7
@@ -194,7 +194,7 @@ def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:
     """`lm_head`'s input and output, on a tap outside the compiled graph."""
     wrap_head(head.processor, tap)
     dtype = str(head.dtype).removeprefix("torch.")
-    given, logits = Slot(0), Slot(1)
+    given, logits = TensorSlice(0), TensorSlice(1)
     before = SiteInfo("lm_head.input", "lm_head", "input", order, (None, head.width), dtype)
     after = SiteInfo("lm_head.output", "lm_head", "output", order + 1, (None, head.vocabulary), dtype)
     return [Argument(before, tap, given, logits, head.apply), Direct(after, tap, logits)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
 from nnsight_vllm.worker.model.hooks import Source, Tap
 from nnsight_vllm.worker.model.modules import Part
-from nnsight_vllm.worker.model.sites import Apply, Argument, Direct, Refresh, Site, Slot, Stream
+from nnsight_vllm.worker.model.sites import Apply, Argument, Direct, Refresh, Site, Stream, TensorSlice
 from nnsight_vllm.worker.model.survey import Survey, is_same
 
 SHARED_INPUT = (
@@ -22,11 +22,11 @@ SHARED_INPUT = (
 
 
 @dataclass(frozen=True)
-class Held:
+class TapValue:
     """A value that lies in a slot of a tap since some moment of the survey."""
 
     tap: Tap
-    slot: Slot
+    slot: TensorSlice
     value: Tensor
     since: int
 
@@ -45,7 +45,7 @@ class Ledger:
     taps: list[Tap] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
-    held: list[Held] = field(default_factory=list)
+    held: list[TapValue] = field(default_factory=list)
     numbers: int = 0
 
     def __post_init__(self) -> None:
@@ -67,15 +67,15 @@ class Ledger:
         self.taps.append(tap)
         return tap
 
-    def hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[Slot]:
+    def hold(self, tap: Tap, first: int, values: list[Tensor], since: int) -> list[TensorSlice]:
         slots = [self.slot(first + i, value) for i, value in enumerate(values)]
-        self.held += [Held(tap, slot, value, since) for slot, value in zip(slots, values, strict=True)]
+        self.held += [TapValue(tap, slot, value, since) for slot, value in zip(slots, values, strict=True)]
         return slots
 
-    def slot(self, index: int, value: Tensor) -> Slot:
-        return Slot(index, batched=value.shape[0] == 1 and value.ndim > 1)
+    def slot(self, index: int, value: Tensor) -> TensorSlice:
+        return TensorSlice(index, batched=value.shape[0] == 1 and value.ndim > 1)
 
-    def find(self, values: list[Tensor], now: int) -> tuple[Tap, list[Slot]] | None:
+    def find(self, values: list[Tensor], now: int) -> tuple[Tap, list[TensorSlice]] | None:
         """Slots of the last tap where the values still lie, untouched."""
         if not self.taps:
             return None
@@ -99,8 +99,8 @@ class Ledger:
         self,
         part: Part,
         tap: Tap,
-        given: Slot,
-        output: Slot,
+        given: TensorSlice,
+        output: TensorSlice,
         apply: Apply,
         shared: bool,
         refresh: Refresh | None = None,
@@ -113,7 +113,7 @@ class Ledger:
         info = self.info(part.path, "input", refuse_inplace=inplace)
         self.add(Argument(info, tap.number, given, output, apply, refresh))
 
-    def add_value(self, path: str, port: Port, place: tuple[Tap, list[Slot]], **more: Any) -> None:
+    def add_value(self, path: str, port: Port, place: tuple[Tap, list[TensorSlice]], **more: Any) -> None:
         tap, slots = place
         info = self.info(path, port, **more)
         site = Direct(info, tap.number, slots[0]) if len(slots) == 1 else Stream(info, tap.number, *slots)
@@ -142,7 +142,7 @@ class Ledger:
     def refuse(self, path: str, reason: str) -> None:
         self.refusals |= {f"{path}.{port}": reason for port in ("input", "output")}
 
-    def add_raw_fused(self, host: str, tap: Tap, slot: Slot, refresh: Refresh | None = None) -> None:
+    def add_raw_fused(self, host: str, tap: Tap, slot: TensorSlice, refresh: Refresh | None = None) -> None:
         """The whole output of a linear that Hugging Face has in parts."""
         for path in (path for path, raw in self.raw.items() if raw == host):
             self.add(Direct(self.info(path, "output"), tap.number, slot, refresh))

@@ -18,7 +18,7 @@ from nnsight_vllm.worker.model.fused_modules import find_gated, find_normed, pla
 from nnsight_vllm.worker.model.hooks import Source, Tap
 from nnsight_vllm.worker.model.ledger import SHARED_INPUT, Ledger
 from nnsight_vllm.worker.model.modules import Part
-from nnsight_vllm.worker.model.sites import Apply, Direct, Slot
+from nnsight_vllm.worker.model.sites import Apply, Direct, TensorSlice
 from nnsight_vllm.worker.model.survey import Firing, is_same
 
 CHANGED_BY_INPUT = "{path}.output is what {other}.input is; assign that one"
@@ -156,7 +156,7 @@ class Placement(Ledger):
             return []
         moved = [site for site in served if isinstance(site, Direct)]
         for site in moved:
-            site.slot = Slot(0, site.slot.batched)
+            site.slot = TensorSlice(0, site.slot.batched)
         self.taps.pop()
         return moved
 
@@ -212,14 +212,14 @@ class Placement(Ledger):
             return views.activation_of(part.module)
         return views.columns_of(host, part.columns)
 
-    def _output(self, part: Part, tap: Tap, slot: Slot) -> None:
+    def _output(self, part: Part, tap: Tap, slot: TensorSlice) -> None:
         if _is_scaled(part.module):
             self.scaled.append(part)
         else:
             info = self.info(part.path, "output", structure=self._structure(part))
             self.add(Direct(info, tap.number, slot))
 
-    def _scaled_outputs(self, tap: Tap, slots: list[Slot]) -> None:
+    def _scaled_outputs(self, tap: Tap, slots: list[TensorSlice]) -> None:
         """An embedding that scales inside in Hugging Face and outside in vLLM: what enters the first block."""
         for part in self.scaled:
             self.add(Direct(self.info(part.path, "output"), tap.number, slots[0]))
@@ -227,7 +227,7 @@ class Placement(Ledger):
 
     # -- vLLM's own modules and the base model
 
-    def _raw_outputs(self, part: Part, value: Tensor | None, tap: Tap, slot: Slot) -> None:
+    def _raw_outputs(self, part: Part, value: Tensor | None, tap: Tap, slot: TensorSlice) -> None:
         """The output of a vLLM module that is a leaf's input: the attention operator before `o_proj`."""
         for path, host in self.raw.items():
             if value is None or not self.selected(path) or path.rpartition(".")[0] != part.path.rpartition(".")[0]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.catalogue import SiteInfo
-from nnsight_vllm.worker.model.sites import Direct, Site, Slot
+from nnsight_vllm.worker.model.sites import Direct, Site, TensorSlice
 from nnsight_vllm.worker.model.taps import Tensors
 
 LOGITS_TAP = -1
@@ -50,4 +50,4 @@ def draw_sites(first_order: int, vocab_size: int, logits_dtype: str) -> list[Sit
     """Logits and samples, firing after every module's sites."""
     logits = SiteInfo("logits.output", "logits", "output", first_order, (1, vocab_size), logits_dtype)
     samples = SiteInfo("samples.output", "samples", "output", first_order + 1, (1,), "int64")
-    return [Direct(logits, LOGITS_TAP, Slot(0)), Samples(samples, vocab_size)]
+    return [Direct(logits, LOGITS_TAP, TensorSlice(0)), Samples(samples, vocab_size)]

@@ -56,7 +56,7 @@ class Site(Protocol):
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlice:
     """A request's rows of one tensor of a tap: all columns or some, with or without a leading batch of one.
 
     `heads` splits the columns into (heads, size of a head).
@@ -74,11 +74,11 @@ class Slot:
         part = part if self.columns is None else part[..., self.columns[0] : self.columns[1]]
         return part if self.heads is None else part.unflatten(-1, self.heads)
 
-    def part(self, columns: tuple[int, int] | None) -> Slot:
+    def part(self, columns: tuple[int, int] | None) -> TensorSlice:
         """The same rows, narrowed to `columns`."""
         return replace(self, columns=columns)
 
-    def shaped(self, heads: tuple[int, int] | None) -> Slot:
+    def shaped(self, heads: tuple[int, int] | None) -> TensorSlice:
         """The same columns, looked at as heads."""
         return replace(self, heads=heads)
 
@@ -89,7 +89,7 @@ class Direct:
 
     info: SiteInfo
     tap: int
-    slot: Slot
+    slot: TensorSlice
     refresh: Refresh | None = None
 
     @property
@@ -118,8 +118,8 @@ class Stream:
 
     info: SiteInfo
     tap: int
-    hidden: Slot
-    residual: Slot
+    hidden: TensorSlice
+    residual: TensorSlice
 
     @property
     def compares(self) -> bool:
@@ -148,8 +148,8 @@ class Argument:
 
     info: SiteInfo
     tap: int
-    slot: Slot
-    output: Slot
+    slot: TensorSlice
+    output: TensorSlice
     apply: Apply
     refresh: Refresh | None = None
 
@@ -179,9 +179,9 @@ class Gate:
     """`product = activation(gate) * up`, which the engine computes in one go without storing the activation."""
 
     name: str
-    gate: Slot
-    up: Slot
-    product: Slot
+    gate: TensorSlice
+    up: TensorSlice
+    product: TensorSlice
     activation: Apply
 
     def activated(self, tensors: Tensors, rows: slice) -> Tensor:
@@ -196,7 +196,7 @@ class Gate:
         if held is None:
             everything = self.gate.live(tensors, slice(None))
             mask = torch.zeros(everything.shape, dtype=torch.bool, device=value.device)
-            held = taps.SCRATCH[self.name] = taps.Held(torch.empty_like(mask, dtype=value.dtype), mask)
+            held = taps.SCRATCH[self.name] = taps.HeldTensors(torch.empty_like(mask, dtype=value.dtype), mask)
         held.values[rows] = torch.where(differs, value, held.values[rows])
         held.mask[rows] |= differs
 

@@ -21,11 +21,11 @@ from nnsight_vllm.worker.lanes.lanes import Each, Lane, Rows, Several, Shared, V
 from nnsight_vllm.worker.results.outbox import Outbox
 
 # Name, whether it continues a list, type and shape of each tensor, the tensors' names if they are a tuple.
-Key = tuple[str, bool, tuple[tuple[torch.dtype, torch.Size], ...], tuple[str, ...] | None]
+ColumnKey = tuple[str, bool, tuple[tuple[torch.dtype, torch.Size], ...], tuple[str, ...] | None]
 
 
 @dataclass
-class Column:
+class SavedColumn:
     """One save: `tensors` are copies, each [requests, ...]. `make`: how a request's tensors become its value."""
 
     name: str
@@ -38,18 +38,18 @@ class Column:
         return parts[0] if self.several is None else self.several.make(parts)
 
     @property
-    def key(self) -> Key:
+    def key(self) -> ColumnKey:
         """All that the message says of it."""
         kinds = tuple((tensor.dtype, tensor.shape[1:]) for tensor in self.tensors)
         return self.name, self.append, kinds, None if self.several is None else _names(self.several)
 
 
 @dataclass
-class GroupSheet:
+class BatchedSaves:
     """The saves of a group of `size` requests in one step, in program order."""
 
     size: int
-    columns: list[Column] = field(default_factory=list)
+    columns: list[SavedColumn] = field(default_factory=list)
     by_request: set[str] = field(default_factory=set)  # names that went to the requests' own outboxes
 
     def take(self, name: str, lane: Lane, append: bool) -> bool:
@@ -62,12 +62,12 @@ class GroupSheet:
             return False
         if not append:
             self.columns = [column for column in self.columns if column.name != name]
-        self.columns.append(Column(name, append, [tensor for tensor in tensors if tensor is not None], several))
+        self.columns.append(SavedColumn(name, append, [tensor for tensor in tensors if tensor is not None], several))
         return True
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Take a copy that was made already, [requests, ...], as what one item more of a list is made of."""
-        self.columns.append(Column(name, True, [tensor if tensor.device.type == "cpu" else tensor.cpu()], None))
+        self.columns.append(SavedColumn(name, True, [tensor if tensor.device.type == "cpu" else tensor.cpu()], None))
 
     def spill(self, outboxes: list[Outbox], name: str | None = None) -> None:
         """Hand what's here (or what's here under one name) to the requests' own outboxes."""
@@ -126,14 +126,14 @@ def _stacked(lane: Lane, size: int) -> Tensor | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _start(keys: tuple[Key, ...], length: int) -> tuple[bytes, NDArray[np.uint8]]:
+def _start(keys: tuple[ColumnKey, ...], length: int) -> tuple[bytes, NDArray[np.uint8]]:
     """The beginning of a message with such columns and `length` bytes to follow, as bytes and as an array."""
     saved = encode_saved([_described(key) for key in keys])
     start = encode_delta(Delta(sheet=Sheet(saved, memoryview(bytes(length)))))[: -length or None]
     return start, np.frombuffer(start, dtype=np.uint8)
 
 
-def _described(key: Key) -> Saved:
+def _described(key: ColumnKey) -> Saved:
     """A column in a message: types, shapes and names, without the bytes."""
     name, append, kinds, names = key
     values: list[Value] = [TensorValue(str(dtype).removeprefix("torch."), tuple(shape), b"") for dtype, shape in kinds]

@@ -7,26 +7,13 @@ value, or ended without; what the scheduler ends before the worker knew it comes
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.links import Links
+from nnsight_vllm.wire.step_output import Address, Released
 from nnsight_vllm.worker.results.outbox import frozen_copy, size_of
-
-Address = tuple[str, str]
-"""A bundle and a key."""
-
-
-@dataclass
-class Released:
-    """From the scheduler: uses that nobody will have, one entry each, and bundles that are over."""
-
-    unused: list[Address] = field(default_factory=list)
-    bundles: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.unused or self.bundles)
 
 
 @dataclass

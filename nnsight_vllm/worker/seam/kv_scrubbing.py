@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Recycling:
+class KVScrubber:
     """Which blocks must be cleared when they change hands."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nnsight_vllm.worker.lanes.lanes import Ints
+from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.seam.undrawn import undrawn
 from nnsight_vllm.worker.seam.vllm_seam import Batch, Seam, wrap
 

@@ -19,23 +19,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nnsight_vllm.errors import EngineSettingError, GraphError, PreemptedError
-from nnsight_vllm.graph.links import Links, decode_links
+from nnsight_vllm.errors import EngineSettingError, PreemptedError
 from nnsight_vllm.wire import refusal
-from nnsight_vllm.wire.step_output import Messages
+from nnsight_vllm.wire.extras import KEY, decode_extras
+from nnsight_vllm.wire.step_output import RELEASED, Ints, Messages
 from nnsight_vllm.worker.batch.executor import Executor
 from nnsight_vllm.worker.batch.requests import Arrival, Step
-from nnsight_vllm.worker.lanes.lanes import Ints
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP
-from nnsight_vllm.worker.seam.kv_scrubbing import Recycling, clear_blocks
+from nnsight_vllm.worker.seam.kv_scrubbing import KVScrubber, clear_blocks
 
-FIELD = "nnsight_vllm"
-CUT = "nnsight_vllm_cut"
-MOST_CACHED = "nnsight_vllm_cached"
-SALT = "nnsight_vllm_salt"
-LINKS = "nnsight_vllm_links"
-RELEASED = "nnsight_vllm_released"  # what our scheduler adds to its output
 SUPPORTED = "0.32."
 PROBE_ROWS = 5
 
@@ -63,9 +56,9 @@ def worker_base() -> type:
 
 def settings_of(vllm_config: Any) -> dict[str, Any]:
     """Our part of vLLM's `additional_config`."""
-    settings = (vllm_config.additional_config or {}).get(FIELD)
+    settings = (vllm_config.additional_config or {}).get(KEY)
     if not isinstance(settings, dict) or "sites" not in settings:
-        raise EngineSettingError(f"additional_config needs {{{FIELD!r}: {{'sites': ...}}}}; got {settings!r}")
+        raise EngineSettingError(f"additional_config needs {{{KEY!r}: {{'sites': ...}}}}; got {settings!r}")
     return settings
 
 
@@ -76,38 +69,7 @@ def salt_compile_cache(vllm_config: Any, fingerprint: str) -> None:
     """
     settings = {**settings_of(vllm_config), "fingerprint": fingerprint}
     settings.pop(refusal.KEY, None)
-    vllm_config.additional_config = {**vllm_config.additional_config, FIELD: settings}
-
-
-def graph_of(sampling_params: Any) -> bytes | list[bytes] | None:
-    """The graph that a request carries, as msgpack bytes, or several in the order in which they run at a site."""
-    return _extra(sampling_params).get(FIELD)
-
-
-def may_be_cut(sampling_params: Any) -> bool:
-    """Whether the prompt of a request with a graph may be computed in several steps."""
-    return bool(_extra(sampling_params).get(CUT))
-
-
-def most_cached(sampling_params: Any) -> int | None:
-    """How many tokens a request with a graph may take from the prefix cache at most; None: any number."""
-    return _extra(sampling_params).get(MOST_CACHED)
-
-
-def salted_from(sampling_params: Any) -> tuple[str, int] | None:
-    """A salt of the prompt's blocks, and the first row of those that it's for; None: there is none but vLLM's own."""
-    found = _extra(sampling_params).get(SALT)
-    return None if found is None else (str(found[0]), int(found[1]))
-
-
-def _extra(sampling_params: Any) -> Mapping[str, Any]:
-    return getattr(sampling_params, "extra_args", None) or {}
-
-
-def links_of(sampling_params: Any) -> Links | None:
-    """The request's links to others of its bundle. Raises `GraphError` for bytes that are none."""
-    data = _extra(sampling_params).get(LINKS)
-    return None if data is None else decode_links(data)
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: settings}
 
 
 @dataclass(frozen=True)
@@ -164,7 +126,7 @@ class Seam:
         self.has_graphs = False  # in this step
         self.drafts: Mapping[str, list[int]] = {}  # of this step, by request
         self._is_armed = False  # for the step's first `compute_logits`; later ones are prompt logprobs
-        self._recycling = Recycling()
+        self._recycling = KVScrubber()
         self._ids: list[str] = []  # of the last step, in the order of its batch
         self._index: dict[str, int] = {}
         self._evicted: set[str] = set()  # and not computed again yet: a runner may have forgotten them
@@ -307,19 +269,11 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def _arrivals(scheduled: Any, runner: Any) -> Iterator[Arrival]:
     for new in scheduled.scheduled_new_reqs:
         params = new.sampling_params
-        graph = graph_of(params)
-        if graph is not None:
+        extras = decode_extras(params)
+        if extras is not None:
             seed = secrets.randbits(63) if params.seed is None else params.seed
             prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-            yield Arrival(new.req_id, graph, len(prompt), seed, _refusal(params, runner), _links(params))
-
-
-def _links(params: Any) -> Links | None:
-    """Bytes that are none: our scheduler doesn't let such a request run; another's mustn't bring the worker down."""
-    try:
-        return links_of(params)
-    except GraphError:
-        return None
+            yield Arrival(new.req_id, extras.graphs, len(prompt), seed, _refusal(params, runner), extras.links)
 
 
 def _fresh_blocks(scheduled: Any, runner: Any) -> Iterator[tuple[str, list[int]]]:

@@ -40,8 +40,8 @@ from nnsight_vllm.graph.nodes import (
     Tuple,
     Write,
 )
-from nnsight_vllm.plan.chunking import Whole, cut_of
-from nnsight_vllm.plan.chunks import Cut
+from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.wire.limits import Limits
 
 PROMPT = 7
@@ -335,7 +335,7 @@ NEED_ALL: dict[str, tuple[list[Node], str]] = {
 def test_what_needs_all_rows_fails_in_pieces_and_may_be_sent_again(name: str) -> None:
     nodes, reason = NEED_ALL[name]
     found = cut_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, PROMPT)
-    assert isinstance(found, Whole) and reason in found.reason
+    assert isinstance(found, Unchunked) and reason in found.reason
     toy = Long()
     toy.add("r", graph(*nodes), prompt=PROMPT)
     toy.step(r=(3, 0))
@@ -449,7 +449,7 @@ def test_generated_graphs_that_may_be_cut_give_what_they_give_whole(
     for i, cut in enumerate(cuts):
         data, files = build(plan, seed + i, None)
         found = cut_of(decode(data), lambda site: 0 if site.startswith("samples") else 1, _rank(files), PROMPT)
-        assume(isinstance(found, Cut))
+        assume(isinstance(found, Chunked))
         for one in (whole, toy):
             one.store.put(files)
             one.add(f"r{i}", data, prompt=PROMPT)
@@ -484,7 +484,7 @@ def test_most_of_the_generated_steps_may_be_cut() -> None:
     whole = set()
     for name in STEPS:
         data, files = build(Plan((name,), (), None, False), 1, None)
-        if isinstance(cut_of(decode(data), lambda site: 1, _rank(files), PROMPT), Whole):
+        if isinstance(cut_of(decode(data), lambda site: 1, _rank(files), PROMPT), Unchunked):
             whole.add(name)
     assert whole == {"chosen columns", "cumulated", "flipped", "mean of all", "mean of rows", "transposed"}
 

@@ -12,8 +12,8 @@ from toy import HIDDEN, Toy, graph
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Log, Node, Op, Read, Ref, Save, Slice, Stop, Write
 from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.wire.extras import MAX_PROGRAMS
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.request_programs import MAX_PROGRAMS
 
 FULL = Slice()
 FAILS = Op(9, "py.iadd", [Ref(0), "text"], writes="1.out")

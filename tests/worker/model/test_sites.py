@@ -16,7 +16,7 @@ from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.modules import unshare
-from nnsight_vllm.worker.model.sites import Activation, Argument, Direct, Gate, Slot, Stream
+from nnsight_vllm.worker.model.sites import Activation, Argument, Direct, Gate, Stream, TensorSlice
 from nnsight_vllm.worker.model.taps import Tensors
 
 ROWS = slice(2, 5)
@@ -42,7 +42,7 @@ def _others(tensor: Tensor) -> Tensor:
 
 def test_a_read_is_a_copy_of_the_requests_rows() -> None:
     tensors = _tensors(4)
-    value = Direct(INFO, 0, Slot(0)).read(tensors, ROWS)
+    value = Direct(INFO, 0, TensorSlice(0)).read(tensors, ROWS)
     assert torch.equal(value, tensors[0][ROWS])
     value.zero_()
     assert not torch.equal(value, tensors[0][ROWS])
@@ -60,7 +60,7 @@ def test_a_shared_activation_is_another_object_in_every_place_and_the_shared_one
 def test_a_tensor_with_a_batch_of_one_reads_and_writes_without_it() -> None:
     (plain,) = _tensors(4)
     tensors = (plain[None].clone(),)
-    site = Direct(INFO, 0, Slot(0, batched=True))
+    site = Direct(INFO, 0, TensorSlice(0, batched=True))
     old = site.read(tensors, ROWS)
     site.write(tensors, ROWS, old, old + 1)
     assert torch.equal(tensors[0][0, ROWS], plain[ROWS] + 1)
@@ -70,7 +70,7 @@ def test_a_tensor_with_a_batch_of_one_reads_and_writes_without_it() -> None:
 def test_a_stream_is_the_sum_and_an_untouched_element_keeps_its_two_parts() -> None:
     tensors = _tensors(4, 4)
     hidden, residual = (tensor.clone() for tensor in tensors)
-    site = Stream(INFO, 0, Slot(0), Slot(1))
+    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     assert torch.equal(old, (hidden + residual)[ROWS])
     new = old.clone()
@@ -83,7 +83,7 @@ def test_a_stream_is_the_sum_and_an_untouched_element_keeps_its_two_parts() -> N
 
 def test_a_nan_written_into_a_stream_counts_as_a_change() -> None:
     tensors = _tensors(4, 4)
-    site = Stream(INFO, 0, Slot(0), Slot(1))
+    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     new = old.clone()
     new[0, 0] = float("nan")
@@ -94,7 +94,7 @@ def test_a_nan_written_into_a_stream_counts_as_a_change() -> None:
 
 def test_what_is_added_to_a_streams_addend_shows_in_its_value() -> None:
     tensors = _tensors(4, 4)
-    site = Stream(INFO, 0, Slot(0), Slot(1))
+    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     addend = site.addend(tensors, ROWS)
     assert addend is not None
@@ -106,7 +106,7 @@ def test_an_assigned_input_recomputes_the_output_of_changed_rows_only() -> None:
     tensors = _tensors(4, 6)
     given, output = (tensor.clone() for tensor in tensors)
     weight = torch.randn(4, 3)
-    site = Argument(INFO, 0, Slot(0), Slot(1, columns=(3, 6)), lambda value: value @ weight)
+    site = Argument(INFO, 0, TensorSlice(0), TensorSlice(1, columns=(3, 6)), lambda value: value @ weight)
     old = site.read(tensors, ROWS)
     new = old.clone()
     new[2] += 1
@@ -120,7 +120,9 @@ def test_an_assigned_input_recomputes_the_output_of_changed_rows_only() -> None:
 def _gate() -> tuple[Gate, Tensors]:
     (gate_up,) = _tensors(8)
     product = torch.nn.functional.silu(gate_up[:, :4]) * gate_up[:, 4:]
-    gate = Gate("m", Slot(0, columns=(0, 4)), Slot(0, columns=(4, 8)), Slot(1), torch.nn.functional.silu)
+    gate = Gate(
+        "m", TensorSlice(0, columns=(0, 4)), TensorSlice(0, columns=(4, 8)), TensorSlice(1), torch.nn.functional.silu
+    )
     return gate, (gate_up, product)
 
 

@@ -6,7 +6,8 @@ from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.nodes import Block, Export, Import, Iterations, Node, Op, Read, Ref, Save, Slice, Write
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.results.exports import Exports, Released
+from nnsight_vllm.wire.step_output import Released
+from nnsight_vllm.worker.results.exports import Exports
 
 ONES, TWOS = [1.0] * HIDDEN, [2.0] * HIDDEN
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from nnsight_vllm.worker.seam.kv_scrubbing import Recycling, clear_blocks
+from nnsight_vllm.worker.seam.kv_scrubbing import KVScrubber, clear_blocks
 
 GRAPHS = {"g", "h"}
 
 
 def test_blocks_of_a_graph_are_cleared_when_another_request_gets_them() -> None:
-    recycling = Recycling()
+    recycling = KVScrubber()
     assert recycling.step([("g", [1, 2]), ("p", [3])], GRAPHS) == []
     assert recycling.step([("q", [4, 2])], GRAPHS) == [2]
     assert recycling.step([("r", [2, 1])], GRAPHS) == [1]
@@ -18,7 +18,7 @@ def test_blocks_of_a_graph_are_cleared_when_another_request_gets_them() -> None:
 
 
 def test_blocks_that_go_from_graph_to_graph_are_cleared_each_time() -> None:
-    recycling = Recycling()
+    recycling = KVScrubber()
     recycling.step([("g", [1])], GRAPHS)
     assert recycling.step([("h", [1])], GRAPHS) == [1]
     assert recycling.step([("p", [1])], GRAPHS) == [1]

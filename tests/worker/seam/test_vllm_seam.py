@@ -9,6 +9,7 @@ from toy import Toy, graph
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.graph.nodes import Read, Ref, Save
+from nnsight_vllm.wire.extras import RequestExtras, encode_extras
 from nnsight_vllm.worker.seam import vllm_seam
 
 
@@ -64,7 +65,9 @@ class FakeRunner:
 
 def scheduled(new: tuple[str, ...] = (), evicted: tuple[str, ...] = (), finished: tuple[str, ...] = ()) -> Any:
     data = graph(Read(0, "0.mlp", 0), Save(1, "h", Ref(0)))
-    params = SimpleNamespace(extra_args={"nnsight_vllm": data}, seed=0, structured_outputs=None, logprobs=None)
+    params = SimpleNamespace(
+        extra_args=encode_extras(RequestExtras([data])), seed=0, structured_outputs=None, logprobs=None
+    )
     request = {"sampling_params": params, "prompt_token_ids": [1, 2], "block_ids": ([1],), "num_computed_tokens": 0}
     cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], new_block_ids=[], num_computed_tokens=[])
     return SimpleNamespace(
