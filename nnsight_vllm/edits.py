@@ -43,7 +43,8 @@ def sae_clamp(h: Any, encoder: Any, decoder: Any, value: Any, bias: Any = 0.0) -
 
 def _edit(operation: str, h: Any, *values: Any) -> Any:
     from nnsight_vllm.kernels.single import check, edit_all
-    from nnsight_vllm.trace.active import current, is_recording
+    from nnsight_vllm.trace.recorder import current
+    from nnsight_vllm.trace.recording import is_recording
 
     if not is_recording():
         return edit_all(operation, h, *values)

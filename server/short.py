@@ -42,11 +42,11 @@ from nnsight_vllm.server.schema import (
 )
 from nnsight_vllm.server.sitenames import find_site
 from nnsight_vllm.server.tensor_refs import Sent, TensorOf
-from nnsight_vllm.trace import active
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.iterations import IterationBlock
 from nnsight_vllm.trace.places import SINGLE_ROW
-from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.recorder import Recorder, current
+from nnsight_vllm.trace.recording import push
 from nnsight_vllm.trace.source import hide_lines
 from nnsight_vllm.trace.tree import Tree
 
@@ -138,7 +138,7 @@ class _Recording:
         self._sent.refuse_unused()
         blocks = list(stretches([action.chosen for action in actions], self._max_tokens, self._max_nodes))
         self._recorder = Recorder(self._tree, self._constants, self._rows, self._max_tokens)
-        active.push(self._recorder)
+        push(self._recorder)
         for action in actions:
             if action.is_save and action.chosen.over_iterations:
                 action.list = self._recorder.op("py.list", list, (), {})
@@ -300,7 +300,7 @@ def _apply(edit: Edit, h: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 def _product(vector: torch.Tensor, scale: float) -> Any:
     """Recorded even where the scale is 1: requests that differ in it alone then share a program."""
-    return active.current("add").op("py.mul", operator.mul, (vector, scale), {})
+    return current("add").op("py.mul", operator.mul, (vector, scale), {})
 
 
 def _check_shape(tensor: torch.Tensor, expected: list[Any], param: str) -> None:

@@ -54,8 +54,6 @@ KNOWN_VIOLATIONS: set[str] = {
 KNOWN_CIRCLES: set[str] = {
     "frontend.async_engine frontend.run",
     "server.edited server.full server.positions server.results server.schema server.short server.state server.tensor_refs server.tensors",
-    "trace.active trace.bundle trace.encode trace.flow trace.places trace.proxy trace.recorder trace.scope",
-    "trace.async_tracer trace.session trace.stream trace.tracer",
     "trace.blocks.branches trace.blocks.control",
     "worker.batch.request_programs worker.batch.requests",
     "worker.model.calls worker.model.catalogue worker.model.instrument",

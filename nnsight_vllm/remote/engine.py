@@ -25,8 +25,8 @@ from nnsight_vllm.remote.connection import Connection, Refusal
 from nnsight_vllm.remote.sampling import Samplings
 from nnsight_vllm.remote.tokenizer import RemoteTokenizer
 from nnsight_vllm.trace.backend import Outcome, Prompt, Request
-from nnsight_vllm.trace.edits import Edit
-from nnsight_vllm.trace.source import Line, user_line
+from nnsight_vllm.trace.edits import RecordedEdit
+from nnsight_vllm.trace.source import SourceLine, user_line
 from nnsight_vllm.trace.tree import Tree
 from nnsight_vllm.wire.trace import MISSING, MSGPACK, PREFIX, Described, SentRequest, SentTrace
 
@@ -47,7 +47,7 @@ class RemotePrompt:
 
     token_ids: list[int]
     cache_salt: str | None
-    line: Line
+    line: SourceLine
 
 
 class RemoteEngine:
@@ -122,7 +122,7 @@ class RemoteEngine:
         self._uploaded -= tensors.keys()
         self.upload(tensors)
 
-    def publish(self, edit: Edit) -> None:
+    def publish(self, edit: RecordedEdit) -> None:
         """Make a named edit a model of the server's, in the place of an earlier one of its name. Raises what it refuses."""
         self.upload(edit.tensors)
         graph = json.loads(to_json(decode(edit.graph)))
@@ -232,11 +232,11 @@ def _sent(requests: list[Request], tensors: dict[str, bytes]) -> SentTrace:
     )
 
 
-def line_of(refusal: Refusal, requests: list[Request]) -> Line | None:
+def line_of(refusal: Refusal, requests: list[Request]) -> SourceLine | None:
     """Where the request that is refused was opened."""
     head, mark, rest = (refusal.param or "").partition("requests[")
     number = rest.partition("]")[0]
     if head or not mark or not number.isdigit() or int(number) >= len(requests):
         return None
-    line: Line = requests[int(number)].prompt.engine.line
+    line: SourceLine = requests[int(number)].prompt.engine.line
     return line

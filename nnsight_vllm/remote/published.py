@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nnsight_vllm.trace.edits import Edit, NamedEdits
+from nnsight_vllm.trace.edits import NamedEdits, RecordedEdit
 
 if TYPE_CHECKING:
     from nnsight_vllm.remote.engine import RemoteEngine
@@ -18,7 +18,7 @@ class PublishedEdits(NamedEdits):
         super().__init__()
         self._engine = engine
 
-    def put(self, edit: Edit) -> None:
+    def put(self, edit: RecordedEdit) -> None:
         if edit.name is not None:
             self._engine().publish(edit)
         super().put(edit)

@@ -11,19 +11,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.edits import Standing
 from nnsight_vllm.trace.events import AsyncBackend, Event, Notice, Receive, RunningTrace
 from nnsight_vllm.trace.naming import names_of_saves
+from nnsight_vllm.trace.recorded_trace import Invoke, raise_all
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.stream import Stream, ended
-from nnsight_vllm.trace.tracer import Invoke, Tracer, error_of, raise_all
-
-if TYPE_CHECKING:
-    from typing import Self
+from nnsight_vllm.trace.tracer import Tracer
 
 _UNSET = "this value exists when its trace has run: `await` the tracer, or iterate over its `stream()`"
 _LEFT = "its trace was left before the end"
@@ -43,12 +41,7 @@ class AsyncTracer(Tracer):
     ) -> None:
         self._engine = backend
         self._names: list[dict[str, list[str]]] = []
-        self._line = user_line()
         super().__init__(backend, inputs, arguments, runs=False, standing=standing)
-
-    def __enter__(self) -> Self:
-        self._line = user_line()
-        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -62,7 +55,7 @@ class AsyncTracer(Tracer):
     def add(self, invoke: Invoke) -> None:
         is_new = invoke not in self.invokes
         super().add(invoke)
-        frame = self._frame if invoke is self._only else invoke._frame
+        frame = self.frame if invoke is self._only else invoke.frame
         names = names_of_saves(invoke.recorder, frame)
         if is_new:
             self._names.append(names)
@@ -76,39 +69,39 @@ class AsyncTracer(Tracer):
 
         Errors are raised when all requests are over, as by `await tracer`.
         """
-        return Stream(self)
+        return Stream(self._start, self._event, self._finish, self._leave)
 
     def __await__(self) -> Generator[Any, None, None]:
         """Run the trace to its end."""
         return self._wait().__await__()
 
     async def _wait(self) -> None:
-        run = self.start()
+        run = self._start()
         try:
             await ended(run)
         except BaseException:  # cancelled, timed out, or thrown away
-            self.leave(run)
+            self._leave(run)
             raise
-        self.finish(run)
+        self._finish(run)
 
-    def start(self, receive: Receive | None = None) -> RunningTrace:
+    def _start(self, receive: Receive | None = None) -> RunningTrace:
         """Send the requests off."""
         if not self._is_due:
-            raise RefusedError(f"the trace recorded at {self._line} has run already, or failed; {user_line()}")
+            raise RefusedError(f"the trace recorded at {self.line} has run already, or failed; {user_line()}")
         self._is_due = False
         return self._engine.start(self.requests(), self.tensors, receive)
 
-    def finish(self, run: RunningTrace) -> None:
+    def _finish(self, run: RunningTrace) -> None:
         """The requests are over: give names and proxies their values. Raises what failed."""
         try:
             errors = self.settle(run.outcomes.result())
-            deliver(self._frame)
+            deliver(self.frame)
             raise_all(errors, "of the trace")
         finally:
             self.fail_recorders()
             self._forget_frames()
 
-    def leave(self, run: RunningTrace) -> None:
+    def _leave(self, run: RunningTrace) -> None:
         """Nobody waits for the run any more."""
         run.abort()
         for recorder in self.recorders:
@@ -116,16 +109,13 @@ class AsyncTracer(Tracer):
         self.fail_recorders()
         self._forget_frames()
 
-    def event(self, notice: Notice) -> Event:
+    def _event(self, notice: Notice) -> Event:
         """A notice in the user's terms."""
         names = self._names[notice.request]
         values = {name: value for slot, value in notice.values.items() for name in names.get(slot, [slot])}
         if notice.result is not None:
             values.update(dict.fromkeys(names.get("result", ()), notice.result))
-        failure = None
-        if notice.failure is not None:
-            invoke = self.invokes[notice.request]
-            failure = error_of(invoke.line_of(notice.failure), notice.failure, invoke.source_of(notice.failure))
+        failure = None if notice.failure is None else self.invokes[notice.request].error_of(notice.failure)
         return Event(
             notice.request,
             notice.sample,
@@ -142,13 +132,13 @@ class AsyncTracer(Tracer):
     def _forget_frames(self) -> None:
         """They would keep alive whatever their functions had."""
         for recording in (self, *self.invokes):
-            for name in ("_frame", "_body"):
+            for name in ("frame", "_body"):
                 recording.__dict__.pop(name, None)
 
     def __del__(self) -> None:
         if self._is_due and self.invokes:
             warnings.warn(
-                f"the trace recorded at {self._line} was never run: `await` the tracer, or iterate over its `stream()`",
+                f"the trace recorded at {self.line} was never run: `await` the tracer, or iterate over its `stream()`",
                 RuntimeWarning,
                 stacklevel=1,
             )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from nnsight_vllm.trace import meta
-from nnsight_vllm.trace.active import current, is_recording
+from nnsight_vllm.trace.recorder import current
+from nnsight_vllm.trace.recording import is_recording
 from nnsight_vllm.trace.session import KeptDict, KeptList, kept_by_session
 
 

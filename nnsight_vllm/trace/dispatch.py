@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nnsight_vllm.trace.active import current
 from nnsight_vllm.trace.flow import Flow, can_merge
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorder import current
 from nnsight_vllm.trace.scope import CondHandle, LoopHandle
 
 

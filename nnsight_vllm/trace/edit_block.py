@@ -16,14 +16,15 @@ from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Op, Read, Write
 from nnsight_vllm.graph.walk import constants_of, sites_written
-from nnsight_vllm.trace import active, garbage
-from nnsight_vllm.trace.edits import Edit
+from nnsight_vllm.trace import garbage
+from nnsight_vllm.trace.edits import RecordedEdit
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.flow import Flow
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorded_block import RecordedBlock
 from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.recording import RunValue, is_recording, pop
 from nnsight_vllm.trace.source import user_line
-from nnsight_vllm.trace.tracer import Recording
 
 if TYPE_CHECKING:
     from nnsight_vllm.trace.tree import Tree
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 Model = TypeVar("Model")
 
 
-class EditBlock(Recording, Generic[Model]):
+class EditBlock(RecordedBlock, Generic[Model]):
     """The context of an edit. `target` is what `as` binds; `put` takes the edit when it is recorded."""
 
-    def __init__(self, tree: Tree, name: str | None, target: Model, put: Callable[[Edit], None]) -> None:
+    def __init__(self, tree: Tree, name: str | None, target: Model, put: Callable[[RecordedEdit], None]) -> None:
         self._tree = tree
         self._name = name
         self._target = target
@@ -42,16 +43,11 @@ class EditBlock(Recording, Generic[Model]):
         self._line = user_line()
 
     def __enter__(self) -> Model:
-        if active.is_recording():
+        if is_recording():
             raise RefusedError(f"an edit can't be opened inside a trace or another edit; {user_line()}")
         self._constants = Constants()
         self._recorder = EditRecorder(self._tree, self._constants)
-        active.push(self._recorder)
-        try:
-            self._enter_block()
-        except BaseException:
-            active.pop()
-            raise
+        self._enter_block(self._recorder)
         return self._target
 
     def __exit__(
@@ -59,16 +55,15 @@ class EditBlock(Recording, Generic[Model]):
     ) -> bool:
         try:
             with garbage.paused():
-                if not self._leave_block(kind):
-                    return False
-                edit = self._finish()
+                edit = self._finish() if self._leave_block(kind) else None
         finally:
             self._recorder.state = "closed"
-            active.pop()
-        self._put(edit)
-        return True
+            pop()
+        if edit is not None:
+            self._put(edit)
+        return edit is not None
 
-    def _finish(self) -> Edit:
+    def _finish(self) -> RecordedEdit:
         recorder = self._recorder
         recorder.flow.end_whole()
         graph = recorder.graph()
@@ -84,7 +79,7 @@ class EditBlock(Recording, Generic[Model]):
             )
         check(graph, self._tree.catalogue)
         tensors = {digest: self._constants.data[digest] for digest in constants_of(graph.body)}
-        return Edit(self._name, encode(graph), tensors, recorder.lines, self._line)
+        return RecordedEdit(self._name, encode(graph), tensors, recorder.lines, self._line)
 
 
 class EditRecorder(Recorder):
@@ -94,10 +89,10 @@ class EditRecorder(Recorder):
 
     def __init__(self, tree: Tree, constants: Constants) -> None:
         super().__init__(tree, constants, None, None)
-        self.flow = EditFlow(self)
+        self.flow = EditFlow(self, self.places)
         self.flow.begin_whole()
 
-    def save(self, proxy: Proxy) -> NoReturn:
+    def save(self, value: RunValue) -> NoReturn:
         self._refuse("save")
 
     def log(self, args: tuple[object, ...]) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.trace.edits import NamedEdits, Standing
 from nnsight_vllm.trace.envoy import Envoy
-from nnsight_vllm.trace.iterations import Iterations
+from nnsight_vllm.trace.iterations import IterationIndexer
 from nnsight_vllm.trace.source import user_line
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Editable(Envoy):
         return self._standing.named
 
     @property
-    def iter(self) -> Iterations:
+    def iter(self) -> IterationIndexer:
         """`with edited.iter[...]`: what follows in an edit applies in these iterations only."""
-        return Iterations()
+        return IterationIndexer()
 
     @property
     def _standing(self) -> Standing:

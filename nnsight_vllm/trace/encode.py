@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import EllipsisType
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import safetensors.torch
 import torch
 
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.graph.codec import digest
-from nnsight_vllm.graph.nodes import Arg, Const, Dict, Dots, Dtype, List, Slice, Special, Tuple
+from nnsight_vllm.graph.nodes import Arg, Dict, Dots, Dtype, List, Slice, Special, Tuple
 from nnsight_vllm.trace import meta
-from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recording import Recording, RunValue
 from nnsight_vllm.trace.source import user_line
-
-if TYPE_CHECKING:
-    from nnsight_vllm.trace.recorder import Recorder
 
 _INT64 = 2**63
 _LARGE = 1 << 20
@@ -77,13 +74,13 @@ def _has_bytes_of(tensor: torch.Tensor, known: torch.Tensor) -> bool:
 class Encoder:
     """Encodes the arguments of one recorder."""
 
-    def __init__(self, recorder: Recorder, constants: Constants) -> None:
+    def __init__(self, recorder: Recording, constants: Constants) -> None:
         self.recorder = recorder
         self.constants = constants
 
     def encode(self, value: object) -> Arg:
         """`value` as data. Raises `RefusedError` for what can't travel."""
-        if isinstance(value, Proxy):
+        if isinstance(value, RunValue):
             is_known = value._recorder is not self.recorder and value._is_done
             return self.encode(value.value) if is_known else self.recorder.use(value)
         if isinstance(value, torch.Tensor):
@@ -155,7 +152,7 @@ def resolve(value: object, variant: int) -> object:
     if type(value) in _PLAIN or (isinstance(value, slice) and _is_full(value)):
         return value
     match value:
-        case Proxy():
+        case RunValue():
             return value._metas[variant if len(value._metas) > 1 else 0]
         case torch.Tensor():
             return meta.of_tensor(value)
@@ -169,6 +166,3 @@ def resolve(value: object, variant: int) -> object:
             return slice(*(resolve(part, variant) for part in (value.start, value.stop, value.step)))
         case _:
             return meta.of_tensor(torch.as_tensor(value)) if hasattr(value, "__array__") else value
-
-
-__all__ = ["Const", "Constants", "Encoder", "resolve"]

@@ -13,9 +13,9 @@ import torch
 
 from nnsight_vllm.errors import RefusedError, UnknownModuleError
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
-from nnsight_vllm.trace.active import current
 from nnsight_vllm.trace.iterations import IterationBlock
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorder import current
 from nnsight_vllm.trace.source import user_line
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,20 +12,19 @@ from nnsight_vllm.graph.nodes import Arg, Block, Cond, Iterations, Loop, Node
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.blocks import frames
 from nnsight_vllm.trace.encode import resolve
+from nnsight_vllm.trace.places import Places
 from nnsight_vllm.trace.proxy import Proxy
-from nnsight_vllm.trace.scope import CondHandle, IterationsHandle, Kind, LoopHandle, Scope
+from nnsight_vllm.trace.recording import Recording
+from nnsight_vllm.trace.scope import CondHandle, IterationsHandle, LoopHandle, Scope, ScopeKind
 from nnsight_vllm.trace.source import user_frame, user_line
-
-if TYPE_CHECKING:
-    from nnsight_vllm.trace.recorder import Recorder
 
 
 class Flow:
     """The blocks of one recorder."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recording, places: Places) -> None:
         self.recorder = recorder
-        self.places = recorder.places
+        self.places = places
 
     # -- cond ------------------------------------------------------------------------------------------------------------
 
@@ -132,8 +130,8 @@ class Flow:
     def begin_iterations(self, start: int, stop: int | None, step: int, within: str | None) -> Proxy:
         """Open a block that runs at iterations `start, start + step, ...` below `stop`. Returns the number."""
         recorder, line = self.recorder, user_line()
-        if recorder.max_tokens is not None and start >= recorder.max_tokens:
-            raise RecordError(f"iteration {start} never runs: max_tokens is {recorder.max_tokens}; {line}")
+        if self.places.max_tokens is not None and start >= self.places.max_tokens:
+            raise RecordError(f"iteration {start} never runs: max_tokens is {self.places.max_tokens}; {line}")
         if recorder.scope.kind != "body":
             raise RefusedError(f"an iteration block can't stand inside another block; {line}")
         id, index = recorder.new_id(), recorder.new_id()
@@ -169,7 +167,7 @@ class Flow:
         """A name that carries a value from one iteration to the next would keep its first value: refuse it."""
         for name, now in frames.names(user_frame()).items():
             old = block.names.get(name)
-            if type(old) is not Proxy or not self.recorder.has_used(old):
+            if type(old) is not Proxy or (old._recorder, old._node) not in self.recorder.used:
                 continue
             if type(now) is Proxy and now is not old and now._scope is block.scope:
                 raise ScopeError(
@@ -180,7 +178,7 @@ class Flow:
 
     # -- scopes ----------------------------------------------------------------------------------------------------------
 
-    def _open(self, kind: Kind) -> Scope:
+    def _open(self, kind: ScopeKind) -> Scope:
         self.recorder.scope = Scope(kind, self.recorder.scope, user_line())
         return self.recorder.scope
 

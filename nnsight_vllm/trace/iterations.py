@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from nnsight_vllm.errors import ControlFlowError, RefusedError
-from nnsight_vllm.trace.active import current
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorder import current
 from nnsight_vllm.trace.source import user_line
 
 
@@ -48,7 +48,7 @@ class IterationBlock:
                 recorder.pending = ControlFlowError(f"an iteration block can't be left early (break, return); {line}")
 
 
-class Iterations:
+class IterationIndexer:
     """`tracer.iter`: indexing it makes the block."""
 
     def __getitem__(self, index: object) -> IterationBlock:

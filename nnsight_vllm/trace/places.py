@@ -8,7 +8,6 @@ value, and changing it in place is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,26 +17,14 @@ from nnsight_vllm.graph.nodes import Read, Write
 from nnsight_vllm.graph.order import Cursor, ProgramPoint
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import resolve
-from nnsight_vllm.trace.proxy import Proxy, proxies_in
-from nnsight_vllm.trace.scope import IterationsHandle, Scope
+from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recording import Recording, RunValue, values_in
+from nnsight_vllm.trace.scope import IterationsHandle, Root, Scope
 from nnsight_vllm.trace.source import user_line
-
-if TYPE_CHECKING:
-    from nnsight_vllm.trace.recorder import Recorder
+from nnsight_vllm.trace.tree import Tree
 
 # These see the row whose token is drawn next, whatever the number of rows in the step.
 SINGLE_ROW = ("lm_head.", "logits.", "samples.")
-
-
-@dataclass(eq=False)
-class Root:
-    """A site's value at one iteration. `node` is its `read`, in `scope`; stale once it was assigned anew."""
-
-    values: tuple[torch.Tensor, ...]
-    site: SiteInfo
-    node: int | None = None
-    scope: Scope | None = None
-    is_stale: bool = False
 
 
 @dataclass(eq=False)
@@ -54,13 +41,14 @@ class Draw:
 class Places:
     """The sites of one recorder."""
 
-    def __init__(self, recorder: Recorder, rows: int | None, max_tokens: int | None) -> None:
+    def __init__(self, recorder: Recording, tree: Tree, rows: int | None, max_tokens: int | None) -> None:
         self.cursor = Cursor()
         self.block: IterationsHandle | None = None
+        self.max_tokens = max_tokens
         self._recorder = recorder
+        self._tree = tree
         self._is_known = rows is not None
-        self._rows = recorder.tree.catalogue.max_model_len if rows is None else rows
-        self._max_tokens = max_tokens
+        self._rows = tree.catalogue.max_model_len if rows is None else rows
         self._next: dict[str, int] = {}
         self._by_storage: dict[int, Root] = {}
         self._here: dict[str, Root] = {}
@@ -84,7 +72,7 @@ class Places:
     def write(self, site: SiteInfo, value: object) -> None:
         """Assign the site by value."""
         value = self._recorder.localized(value)
-        if isinstance(value, Proxy) and self._is_whole(site, value):
+        if isinstance(value, RunValue) and self._is_whole(site, value):
             return  # `x.output += v` ends with assigning the place to itself
         if site.refuse_write:
             raise RefusedError(f"{site.name} can't be assigned: {site.refuse_write}; {user_line()}")
@@ -98,14 +86,14 @@ class Places:
             before.is_stale = True
         self._recorder.add(Write(self._recorder.new_id(), site.name, encoded, self._iteration()))
 
-    def written_by(self, proxy: Proxy) -> str | None:
+    def written_by(self, proxy: RunValue) -> str | None:
         """The site that an in-place operation on `proxy` may change, None for a private value. Raises if it has passed."""
         names = {self._writable_now(root) for root in self.possible_roots((proxy,))}
         return names.pop() if names else None
 
     def possible_roots(self, args: object) -> frozenset[Root]:
         """The sites that any of these values is, or may be, a view of."""
-        own = [proxy for proxy in proxies_in(args) if proxy._recorder is self._recorder]
+        own = [proxy for proxy in values_in(args) if proxy._recorder is self._recorder]
         roots = {root for proxy in own if (root := self._root_of(proxy)) is not None}
         return frozenset(roots).union(*(proxy._maybe for proxy in own))
 
@@ -150,9 +138,9 @@ class Places:
     def _go(self, site: SiteInfo) -> None:
         self._check_within(site)
         target = None if self.block is not None else self._effective(site.path)
-        if target is not None and self._max_tokens is not None and target >= self._max_tokens:
+        if target is not None and self.max_tokens is not None and target >= self.max_tokens:
             raise RecordError(
-                f"{site.name}: iteration {target} never runs, max_tokens is {self._max_tokens}; {user_line()}"
+                f"{site.name}: iteration {target} never runs, max_tokens is {self.max_tokens}; {user_line()}"
             )
         before = self.cursor.at
         try:
@@ -170,7 +158,7 @@ class Places:
             self._draw = Draw(self.cursor.at, self._block_id(), scope, len(scope.nodes), logits)
 
     def _explain(self, site: SiteInfo, at: ProgramPoint, error: OutOfOrderError) -> str:
-        here = self._recorder.tree.site_at(at.order)
+        here = self._tree.site_at(at.order)
         if here is None or at.ended or "loop" in str(error):
             return str(error)
         return f"{site.name} comes before {here.name} in the model, which the program has already reached"
@@ -245,11 +233,11 @@ class Places:
             return (self._rows,) if self._is_known else (self._rows, self._rows + 1)
         return (self._rows, 1)
 
-    def _root_of(self, proxy: Proxy) -> Root | None:
+    def _root_of(self, proxy: RunValue) -> Root | None:
         keys = [meta.storage(value) for value in proxy._metas]
         return next((self._by_storage[key] for key in keys if key is not None and key in self._by_storage), None)
 
-    def _is_whole(self, site: SiteInfo, proxy: Proxy) -> bool:
+    def _is_whole(self, site: SiteInfo, proxy: RunValue) -> bool:
         root = self._here.get(site.name)
         return root is not None and any(value is own for value in proxy._metas for own in root.values)
 

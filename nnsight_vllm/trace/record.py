@@ -16,10 +16,10 @@ from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.codec import to_json
 from nnsight_vllm.graph.nodes import Graph
 from nnsight_vllm.graph.walk import constants_of
-from nnsight_vllm.trace import active
 from nnsight_vllm.trace.backend import Outcome, Prompt, Request
 from nnsight_vllm.trace.envoy import Envoy
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recording import pop, push
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tracer import GraphView, Tracer
 from nnsight_vllm.trace.tree import Tree
@@ -54,12 +54,12 @@ def record(
     tracer = Tracer(_Nowhere(tree, rows, max_tokens), ("",), {}, runs=False)
     assert tracer._only is not None
     recorder = tracer._only.recorder
-    active.push(recorder)
+    push(recorder)
     try:
         returned = fn(root, tracer) if _takes_two(fn) else fn(root)
         graph = _renamed(recorder.graph(), _names(returned, recorder))
     finally:
-        active.pop()
+        pop()
         recorder.state = "closed"
     if recorder.cached:
         raise RefusedError(f"tracer.cache() collects with a graph of its own: save what is wanted; {user_line()}")

@@ -1,8 +1,8 @@
 """Turns what happens to proxies into the nodes of one request's graph.
 
-One recorder stands behind one invoke. It hands out node ids, knows which block is open, runs every operation on meta
-tensors, and remembers the user's line for each node; `places` knows the sites, `flow` the blocks. After the run it
-holds the saved values, so that every proxy of the invoke finds its own.
+One recorder stands behind one invoke. It runs every operation on meta tensors; `places` knows the sites, `flow` the blocks,
+`exchange` what other invokes have of it. After the run it holds the saved values, so that every proxy of the invoke finds its
+own.
 """
 
 from __future__ import annotations
@@ -10,30 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from nnsight_vllm.errors import ControlFlowError, RecordError, RefusedError, ScopeError
-from nnsight_vllm.graph.nodes import Arg, Block, Call, Const, Graph, Log, Node, Op, Ref, Save, Stop
+from nnsight_vllm.errors import ControlFlowError, RecordError, RefusedError
+from nnsight_vllm.graph.nodes import Arg, Block, Call, Graph, Log, Op, Ref, Save, Stop
 from nnsight_vllm.graph.ops import OPS, changes_container, is_inplace
 from nnsight_vllm.trace import meta
-from nnsight_vllm.trace.active import is_recording
-from nnsight_vllm.trace.bundle import Bundle, Exchange
+from nnsight_vllm.trace.bundle import Bundle
 from nnsight_vllm.trace.encode import Constants, Encoder, resolve
 from nnsight_vllm.trace.flow import Flow
 from nnsight_vllm.trace.places import Places, refuse_complex
-from nnsight_vllm.trace.proxy import Proxy, proxies_in
-from nnsight_vllm.trace.scope import Scope
-from nnsight_vllm.trace.source import Line, user_line
+from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recording import Recording, RunValue, opened, values_in
+from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
 
 
-class Recorder:
+def current(what: str) -> Recorder:
+    """The recorder of the invoke that is open. Raises if there is none."""
+    recorder = opened()
+    if recorder is None:
+        raise RefusedError(f"{what} is only available inside a trace (or one of its invokes); {user_line()}")
+    assert isinstance(recorder, Recorder)
+    return recorder
+
+
+class Recorder(Recording):
     """Records one request's program. `rows` is the number of the prompt's tokens, `max_tokens` the run's length; None: unknown.
 
-    `cached`: names of the sites whose values are collected besides. `num_samples`: how often the program runs. `number`: its own
-    in the bundle of recorders whose values may meet.
+    `cached`: names of the sites whose values are collected besides.
     """
 
     def __init__(
@@ -45,79 +52,35 @@ class Recorder:
         bundle: Bundle | None = None,
         num_samples: int = 1,
     ) -> None:
-        self.tree = tree
         self.bundle = bundle or Bundle()
-        self.number = self.bundle.add(self)
-        self.num_samples = num_samples
-        self.exchange = Exchange()
-        self.max_tokens = max_tokens
-        self.scope = self.body = Scope("body", None, user_line())
-        self.lines: dict[int, Line] = {}
-        self.values: dict[str, object] = {}
-        self.state: Literal["recording", "closed", "done", "failed"] = "recording"
-        self.unset = "this value exists when the block is over, and not if it was only scanned"
-        self.why_failed = "its trace failed"
-        self.pending: RecordError | None = None
-        self.used: set[int] = set()
-        self.replaced: dict[int, Arg] = {}
+        super().__init__(num_samples, self.bundle.goes_on)
+        self.tree = tree
+        self.exchange = self.bundle.add(self)
         self.cached: set[str] = set()
-        self.places = Places(self, rows, max_tokens)
-        self.flow = Flow(self)
+        self.places = Places(self, tree, rows, max_tokens)
+        self.flow = Flow(self, self.places)
         self._encoder = Encoder(self, constants)
-        self._slots = 0
-
-    # -- nodes -----------------------------------------------------------------------------------------------------------
-
-    def new_id(self) -> int:
-        """A fresh id, tied to the user's current line."""
-        id = len(self.lines)
-        self.lines[id] = user_line()
-        return id
-
-    def add(self, node: Node) -> None:
-        """Append to the open block. Raises if the invoke is over."""
-        self.require_recording()
-        self.scope.nodes.append(node)
 
     def encode(self, value: object) -> Arg:
-        """`value` as data. Raises for what can't travel."""
         return self._encoder.encode(value)
 
-    def constant(self, digest: str) -> Ref:
-        """A reference to a tensor that travels by its digest."""
-        id = self.new_id()
-        self.add(Const(id, digest))
-        return Ref(id)
-
-    def use(self, proxy: Proxy) -> Arg:
-        """A reference to the proxy's value. Raises `ScopeError` if no path leads from it to here."""
-        if proxy._recorder is not self:
-            self.require_recording()
-            proxy = self.bundle.borrow(proxy, self)
-        if proxy._scope is None or proxy._node is None:
-            raise RefusedError(f"tracer.result is known after the run, it can't be computed with; {user_line()}")
-        if not proxy._scope.is_visible():
-            where = "branch" if proxy._scope.kind in {"then", "else"} else "loop"
-            raise ScopeError(f"this value exists only inside the {where} at {proxy._scope.line}; used at {user_line()}")
-        self.used.add(proxy._node)
-        return self.replaced.get(proxy._node, Ref(proxy._node))
-
-    def has_used(self, proxy: Proxy) -> bool:
-        """Whether the value, or what stands here for it, was used since `used` was emptied."""
-        if proxy._recorder is not self and proxy._node is not None:
-            proxy = self.exchange.borrowed.get((proxy._recorder.number, proxy._node), proxy)
-        return proxy._recorder is self and proxy._node in self.used
+    def use(self, value: RunValue) -> Arg:
+        if value._recorder is not self:
+            self.require_open()
+            value = self._borrowed(value)
+        node = value._visible_node()
+        self.used.add((self, node))
+        return self.replaced.get(node, Ref(node))
 
     def localized(self, value: Any) -> Any:
-        """The argument with what stands here for values of other invokes; those that are known by now are themselves."""
         match value:
-            case Proxy() if value._recorder is self:
+            case RunValue() if value._recorder is self:
                 return value
-            case Proxy():
-                return value.value if value._is_done else self.bundle.borrow(value, self)
+            case RunValue():
+                return value.value if value._is_done else self._borrowed(value)
             case slice():
                 return slice(*map(self.localized, (value.start, value.stop, value.step)))
-            case tuple() | list() if any(True for _ in proxies_in(value)):
+            case tuple() | list() if any(True for _ in values_in(value)):
                 return (tuple if isinstance(value, tuple) else list)(map(self.localized, value))
             case dict():
                 return {key: self.localized(item) for key, item in value.items()}
@@ -127,13 +90,12 @@ class Recorder:
     def op(
         self, name: str, function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Proxy:
-        """Record one operation. `function` is its local twin, run on meta tensors for shapes and aliasing."""
         if name not in OPS:
             raise RefusedError(f"{name} isn't an operation that a graph can hold; {user_line()}")
-        used = list(proxies_in((args, kwargs)))
+        used = list(values_in((args, kwargs)))
         if any(proxy._recorder is not self for proxy in used):
             args, kwargs = self.localized(args), self.localized(kwargs)
-            used = list(proxies_in((args, kwargs)))
+            used = list(values_in((args, kwargs)))
         encoded = [self.encode(arg) for arg in args]
         encoded_kwargs = {key: self.encode(value) for key, value in kwargs.items()}
         target = _target(name, function, args, kwargs)
@@ -172,20 +134,14 @@ class Recorder:
         self.add(Call(id, module, [encoded]))
         return Proxy(self, id, metas, self.scope)
 
-    def save(self, proxy: Proxy) -> str:
-        """Send the proxy's value home, as it is here. Returns the name it comes home under."""
-        if proxy._slot == "result":
+    def save(self, value: RunValue) -> str:
+        if value._slot == "result":
             return "result"
-        if proxy._recorder is not self:
-            return self.bundle.save_late(proxy)
-        value, name = self.use(proxy), self.new_slot()
-        self.add(Save(self.new_id(), name, value))
+        if value._recorder is not self:
+            return self.bundle.save_late(value)
+        used, name = self.use(value), self.new_slot()
+        self.add(Save(self.new_id(), name, used))
         return name
-
-    def new_slot(self) -> str:
-        """A name for something that is saved."""
-        self._slots += 1
-        return f"s{self._slots - 1}"
 
     def log(self, args: tuple[object, ...]) -> None:
         """Print the arguments at home, with their values."""
@@ -193,7 +149,6 @@ class Recorder:
         self.add(Log(self.new_id(), encoded))
 
     def stop(self) -> None:
-        """End the request at this point of the program."""
         self.add(Stop(self.new_id()))
 
     def graph(self) -> Graph:
@@ -204,19 +159,9 @@ class Recorder:
             raise ControlFlowError(f"the {self.scope.kind} block at {self.scope.line} was never closed")
         return Graph(Block(self.exchange.with_late(self.scope.nodes)))
 
-    def require_recording(self) -> None:
-        goes_on = self.state == "closed" and self.bundle.goes_on and not is_recording()
-        if self.state != "recording" and not goes_on:
-            raise RefusedError(
-                f"this invoke is already recorded; nothing can be added to it, and {self.unset}; {user_line()}"
-            )
-
-    @property
-    def save_names(self) -> set[str]:
-        """The names that saved values come home under."""
-        return {f"s{i}" for i in range(self._slots)}
-
-    # -- private ---------------------------------------------------------------------------------------------------------
+    def _borrowed(self, value: RunValue) -> Proxy:
+        self.used.add((value._recorder, value._node))
+        return self.bundle.borrow(value, self, self.places)
 
     def _meta(
         self,
@@ -278,7 +223,7 @@ def _copies(name: str, args: tuple[object, ...]) -> bool:
     """Whether an index is made of tensors with dimensions: torch then gathers, and never gives a view."""
     if name != "py.getitem":
         return False
-    return any(isinstance(item, torch.Tensor) and item.ndim > 0 for p in proxies_in(args[1:]) for item in p._metas)
+    return any(isinstance(item, torch.Tensor) and item.ndim > 0 for p in values_in(args[1:]) for item in p._metas)
 
 
 def _is_unsure(metas: tuple[object, ...]) -> bool:

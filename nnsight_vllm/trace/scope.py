@@ -1,32 +1,44 @@
-"""Blocks of nodes while they are recorded."""
+"""Blocks of nodes while they are recorded, and sites as they are known in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.graph.nodes import Arg, Node
 from nnsight_vllm.graph.order import ProgramPoint
-from nnsight_vllm.trace.source import Line
+from nnsight_vllm.trace.source import SourceLine
 
 if TYPE_CHECKING:
-    from nnsight_vllm.trace.places import Root
+    import torch
 
-Kind = Literal["body", "then", "else", "loop", "iterations"]
+ScopeKind = Literal["body", "then", "else", "loop", "iterations"]
 
 
 @dataclass(eq=False)
 class Scope:
     """An open or closed block. Values of a closed `iterations` block stay visible (its last trip's), others don't."""
 
-    kind: Kind
+    kind: ScopeKind
     parent: Scope | None
-    line: Line
+    line: SourceLine
     nodes: list[Node] = field(default_factory=list)
     is_open: bool = True
 
     def is_visible(self) -> bool:
         return self.is_open or (self.kind == "iterations" and (self.parent is None or self.parent.is_visible()))
+
+
+@dataclass(eq=False)
+class Root:
+    """A site's value at one iteration. `node` is its `read`, in `scope`; stale once it was assigned anew."""
+
+    values: tuple[torch.Tensor, ...]
+    site: SiteInfo
+    node: int | None = None
+    scope: Scope | None = None
+    is_stale: bool = False
 
 
 @dataclass(eq=False)

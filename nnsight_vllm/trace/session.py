@@ -13,20 +13,18 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nnsight_vllm.errors import ControlFlowError, RefusedError
-from nnsight_vllm.trace import active
-from nnsight_vllm.trace.blocks.block import SkipBody, prepare_repeated
+from nnsight_vllm.trace.backend import Backend
+from nnsight_vllm.trace.blocks.block import Body, SkipBody, prepare_repeated
 from nnsight_vllm.trace.bundle import Bundle
 from nnsight_vllm.trace.deliver import deliver
 from nnsight_vllm.trace.dispatch import Dispatch
 from nnsight_vllm.trace.proxy import Proxy
+from nnsight_vllm.trace.recorded_trace import RecordedTrace, raise_all, run_all
+from nnsight_vllm.trace.recording import is_recording
 from nnsight_vllm.trace.source import user_frame, user_line
 
 if TYPE_CHECKING:
     from typing import Self
-
-    from nnsight_vllm.trace.backend import Backend
-    from nnsight_vllm.trace.blocks.block import Body
-    from nnsight_vllm.trace.tracer import Tracer
 
 
 _open: ContextVar[tuple[Session, ...]] = ContextVar("nnsight_vllm_sessions", default=())
@@ -51,12 +49,12 @@ class Session:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.bundle = Bundle(goes_on=True)
-        self.tracers: list[Tracer] = []
+        self.traces: list[RecordedTrace] = []
         self.containers: list[KeptList | KeptDict] = []
         self._frame: FrameType
 
     def __enter__(self) -> Self:
-        if active.is_recording():
+        if is_recording():
             raise RefusedError(f"a session can't be opened inside a trace; {user_line()}")
         if session_of(self.backend) is not None:
             raise RefusedError(f"a session can't be opened inside another one; {user_line()}")
@@ -72,27 +70,25 @@ class Session:
             if kind is None:
                 self._run()
         finally:
-            for tracer in self.tracers:
-                tracer.fail_recorders()
+            for one in self.traces:
+                one.fail_recorders()
 
-    def iter(self, items: Iterable[Any]) -> Each:
+    def iter(self, items: Iterable[Any]) -> RepeatedBlock:
         """Run a block once for each item: `with session.iter(prompts) as prompt`, or `for prompt in session.iter(prompts)`."""
-        return Each(items)
+        return RepeatedBlock(items)
 
     def _run(self) -> None:
-        from nnsight_vllm.trace.tracer import raise_all, run_all
-
-        errors = run_all(self.backend, self.tracers, names=True)
+        errors = run_all(self.backend, self.traces, names=True)
         for container in self.containers:
             container.settle()
         alive = _frames_from(self._frame)
-        for frame in [self._frame, *(tracer.frame for tracer in self.tracers if tracer.frame is not self._frame)]:
+        for frame in [self._frame, *(trace.frame for trace in self.traces if trace.frame is not self._frame)]:
             if frame in alive:
                 deliver(frame)
         raise_all(errors, "of the session")
 
 
-class Each:
+class RepeatedBlock:
     """A `with` block that runs once for each item, or the items themselves."""
 
     def __init__(self, items: Iterable[Any]) -> None:

@@ -16,7 +16,7 @@ _TORCH = str(Path(torch.__file__).resolve().parent)
 
 
 @dataclass(frozen=True)
-class Line:
+class SourceLine:
     """A line of the user's code."""
 
     file: str
@@ -29,7 +29,7 @@ class Line:
         return f"{self.file}:{self.number}" + (f": {text}" if text else "")
 
 
-_NOBODYS = Line("", 0)
+_NOBODYS = SourceLine("", 0)
 _is_far_away: ContextVar[bool] = ContextVar("is_far_away", default=False)
 
 
@@ -46,12 +46,12 @@ def user_frame() -> FrameType:
     return frame or sys._getframe(1)
 
 
-def user_line() -> Line:
+def user_line() -> SourceLine:
     """The line that `user_frame` stands at."""
     if _is_far_away.get():
         return _NOBODYS
     frame = user_frame()
-    return Line(frame.f_code.co_filename, frame.f_lineno)
+    return SourceLine(frame.f_code.co_filename, frame.f_lineno)
 
 
 def _is_ours(file: str) -> bool:

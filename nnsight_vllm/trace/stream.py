@@ -16,19 +16,27 @@ from nnsight_vllm.trace.events import Event, Notice, Receive, RunningTrace
 if TYPE_CHECKING:
     from typing import Self
 
-    from nnsight_vllm.trace.async_tracer import AsyncTracer
-
 
 class Stream:
-    """An asynchronous iterator over events. Make it in a running event loop."""
+    """An asynchronous iterator over events. Make it in a running event loop.
+
+    `start` sends the trace off. `event` is a notice in the user's terms. The run ends by `finish`, or nobody waits for it any
+    more: `leave`.
+    """
 
     _is_over = True
 
-    def __init__(self, tracer: AsyncTracer) -> None:
+    def __init__(
+        self,
+        start: Callable[[Receive], RunningTrace],
+        event: Callable[[Notice], Event],
+        finish: Callable[[RunningTrace], None],
+        leave: Callable[[RunningTrace], None],
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self._tracer = tracer
+        self._event_of, self._finish, self._leave_run = event, finish, leave
         self._notices: asyncio.Queue[Notice | None] = asyncio.Queue()
-        self._run = tracer.start(_receiver(loop, self._notices))
+        self._run = start(_receiver(loop, self._notices))
         self._is_over = False
         self._run.outcomes.add_done_callback(_ending(loop, self._notices))
 
@@ -45,9 +53,9 @@ class Stream:
             raise
         if notice is None:
             self._is_over = True
-            self._tracer.finish(self._run)
+            self._finish(self._run)
             raise StopAsyncIteration
-        return self._tracer.event(notice)
+        return self._event_of(notice)
 
     async def aclose(self) -> None:
         """End the requests, unless they are over, and wait until nothing of them is left in the engine."""
@@ -66,7 +74,7 @@ class Stream:
 
     def _leave(self) -> None:
         self._is_over = True
-        self._tracer.leave(self._run)
+        self._leave_run(self._run)
 
     def __del__(self) -> None:
         if not self._is_over:

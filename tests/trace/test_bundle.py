@@ -163,7 +163,8 @@ def test_an_iteration_blocks_last_value_is_exported_behind_it() -> None:
             assert h.shape == (8,)
             model.model.layers[0].output[0][-1] = h
     assert graphs(model)[0][-1] == "export 0.0 = %3"
-    assert tracer.invokes[1].recorder.bundle._waits[1][0].until == 2
+    recorder = tracer.invokes[1].recorder
+    assert recorder.bundle._waits[recorder][0].until == 2
 
 
 def test_rows_of_a_block_over_prompt_and_answer_are_those_of_its_last_trip() -> None:
