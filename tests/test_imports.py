@@ -54,7 +54,6 @@ KNOWN_VIOLATIONS: set[str] = {
 KNOWN_CIRCLES: set[str] = {
     "frontend.async_engine frontend.run",
     "server.edited server.full server.positions server.results server.schema server.short server.state server.tensor_refs server.tensors",
-    "trace.blocks.branches trace.blocks.control",
     "worker.batch.request_programs worker.batch.requests",
     "worker.model.calls worker.model.catalogue worker.model.instrument",
     "worker.model.fused_modules worker.model.placement",

@@ -74,11 +74,11 @@ def iteration_after(nodes: list[Node]) -> int | None:
     """The iteration at which a program stands behind these top-level nodes; None where it never gets there."""
     found = 0
     for node in nodes:
-        if isinstance(node, Iterations):
-            if node.stop is None:
-                return None
-            found = last_trip(node.start, node.stop, node.step)
-        else:
+        if not isinstance(node, Iterations):
             within = nodes_of(Block([node]))
             found = max([found, *(one.iteration or 0 for one in within if isinstance(one, Read | Write | Import))])
+        elif node.stop is None:
+            return None
+        else:
+            found = last_trip(node.start, node.stop, node.step)
     return found

@@ -21,8 +21,7 @@ def changed(nodes: Iterable[Node]) -> set[int]:
     for node in nodes:
         _add_roots(node, roots)
         if isinstance(node, Op) and node.writes is None:
-            for arg in _targets(node):
-                found |= {root for id in refs(arg) for root in roots.get(id, {id})}
+            found |= {root for arg in _targets(node) for id in refs(arg) for root in roots.get(id, {id})}
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import FrameType
 
 from nnsight_vllm.trace.blocks import frames
-from nnsight_vllm.trace.blocks.control import Poison
+from nnsight_vllm.trace.blocks.poison import Poison
 from nnsight_vllm.trace.proxy import Proxy
 
 

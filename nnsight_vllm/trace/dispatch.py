@@ -9,7 +9,7 @@ from nnsight_vllm.trace.scope import CondHandle, LoopHandle
 
 
 class Dispatch:
-    """Implements the `Recorder` protocol of `control.py`."""
+    """A `BlockRecorder`."""
 
     def is_proxy(self, value: object) -> bool:
         return isinstance(value, Proxy) and not value._is_done

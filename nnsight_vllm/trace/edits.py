@@ -1,6 +1,6 @@
 """Edits: graphs that were recorded once, without a prompt, and that run in every request that uses them.
 
-An `RecordedEdit` holds all it needs: its graph as bytes and its tensors by content. A model runs with the edits that were put
+A `RecordedEdit` holds all it needs: its graph as bytes and its tensors by content. A model runs with the edits that were put
 in place on it, in that order; named ones are kept beside them, for requests that ask.
 """
 

@@ -19,7 +19,8 @@ from nnsight_vllm.errors import ControlFlowError
 from nnsight_vllm.trace.blocks import frames
 from nnsight_vllm.trace.blocks.bindings import UNBOUND, Bindings
 from nnsight_vllm.trace.blocks.build import Built, build, is_rewritten
-from nnsight_vllm.trace.blocks.control import Recorder, Runtime
+from nnsight_vllm.trace.blocks.constructs import BlockRecorder
+from nnsight_vllm.trace.blocks.control import Runtime
 from nnsight_vllm.trace.blocks.locate import Located, locate
 from nnsight_vllm.trace.blocks.poison import Poison
 from nnsight_vllm.trace.blocks.skip import Skip, SkipBody
@@ -62,12 +63,12 @@ class Body:
                 "it runs inside a debugger's prompt or a trace function, where a block can't be replaced"
             )
 
-    def run(self, recorder: Recorder) -> None:
+    def run(self, recorder: BlockRecorder) -> None:
         """Run the rewritten body. Call it from `__exit__`, where `SkipBody` arrives. Raises what the body raises."""
         self.run_each(recorder, [self._skip.entered])
 
-    def run_each(self, recorder: Recorder, items: Iterable[object]) -> None:
-        """Run the rewritten body once for each item; what `as` names is bound to it, if that's left to the body."""
+    def run_each(self, recorder: BlockRecorder, items: Iterable[object]) -> None:
+        """Run the rewritten body once for each item, which `as` names."""
         names = _Names(self._frame, self._built)
         function, skipped = names.function(), sys.exception()
         self._skip.restore_frame()
@@ -75,8 +76,7 @@ class Body:
         try:
             self._skip.restore_thread()
             for item in items:
-                if self._built.entered_as is not None:
-                    names.bindings.set({self._built.entered_as: item})
+                names.enter(item)
                 function(Runtime(recorder, names.bindings, self._frame.f_code.co_filename))
         finally:
             tracer = sys.gettrace()
@@ -100,11 +100,17 @@ class _Names:
         new = {name: _cell(value) for name, value in self._copies.items()}
         self._cells = {name: live[name] if name in live else new[name] for name in code.co_freevars}
         self._bound = built.bound
+        self._entered_as = built.entered_as
         self.bindings = Bindings(self._cells, frame.f_globals)
 
     def function(self) -> FunctionType:
         closure = tuple(self._cells[name] for name in self._code.co_freevars)
         return FunctionType(self._code, self._frame.f_globals, self._frame.f_code.co_name, None, closure)
+
+    def enter(self, item: object) -> None:
+        """Bind what `as` names, if that's left to the body."""
+        if self._entered_as is not None:
+            self.bindings.set({self._entered_as: item})
 
     def write_back(self) -> None:
         """Bind the frame's plain locals to what the body left. One that it deleted can't be unbound from outside."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, Never, Protocol
+from typing import Any, Never
 
 from nnsight_vllm.errors import ControlFlowError
 from nnsight_vllm.trace.blocks.bindings import Bindings
-from nnsight_vllm.trace.blocks.branches import Bound, Branch, Context, Kinds, Loop, Opened
-from nnsight_vllm.trace.blocks.poison import Poison
-
-__all__ = ["Poison", "Recorder", "Runtime"]
+from nnsight_vllm.trace.blocks.branches import ForConstruct, IfConstruct, LoopNames, WithConstruct
+from nnsight_vllm.trace.blocks.constructs import BlockRecorder, BlockRun, Bound
 
 _COMPARE: dict[str, Callable[[Any, Any], object]] = {
     "==": operator.eq,
@@ -32,54 +30,23 @@ _COMPARE: dict[str, Callable[[Any, Any], object]] = {
 }
 
 
-class Recorder(Protocol):
-    """What records the blocks. Handles are its own; the runtime only hands them back."""
-
-    def is_proxy(self, value: object, /) -> bool:
-        """Whether the value is only known when the graph runs."""
-
-    def can_merge(self, value: object, /) -> bool:
-        """Whether a branch can yield the value and a loop can carry it."""
-
-    def begin_cond(self, test: Any, /) -> Any:
-        """Open the block that runs where `test` is true."""
-
-    def begin_else(self, handle: Any, /) -> None:
-        """Close that block and open the one that runs otherwise."""
-
-    def end_cond(self, handle: Any, pairs: list[tuple[object, object]], /) -> list[object]:
-        """Close the node. Each (value of the first block, of the second) becomes one value."""
-
-    def begin_loop(self, over: Any, inits: list[object], /) -> tuple[Any, object, list[object]]:
-        """Open a loop's body. Returns the item, and what stands for each of the `inits` inside."""
-
-    def end_loop(self, handle: Any, values: list[object], /) -> list[object]:
-        """Close the body. `values` are handed to the next trip; returned is what holds after the last."""
-
-    def logical_not(self, value: Any, /) -> object:
-        """Record `not value`."""
-
-
-class Runtime:
+class Runtime(BlockRun):
     """One run of a rewritten block; the block knows it as `__nns__`."""
 
-    def __init__(self, recorder: Recorder, bindings: Bindings, filename: str) -> None:
-        self.recorder = recorder
-        self.bindings = bindings
-        self.filename = filename
-        self.opened: list[Opened] = []
-        self._branches: list[Branch] = []
-        self._operands: list[tuple[Branch, object, bool]] = []
+    def __init__(self, recorder: BlockRecorder, bindings: Bindings, filename: str) -> None:
+        super().__init__(recorder, bindings, filename)
+        self._branches: list[IfConstruct] = []
+        self._operands: list[tuple[IfConstruct, object, bool]] = []
 
     # -- statements ------------------------------------------------------------------------------------------------------
 
-    def branch(self, test: object, bound: Bound, line: int) -> Branch:
+    def branch(self, test: object, bound: Bound, line: int) -> IfConstruct:
         """`if test:`."""
-        return Branch(self, "`if`", test, bound, line)
+        return IfConstruct(self, "`if`", test, bound, line)
 
-    def scope(self, bound: Bound, line: int) -> Context:
+    def scope(self, bound: Bound, line: int) -> WithConstruct:
         """`with`, before its context object is made."""
-        return Context(self, bound, line)
+        return WithConstruct(self, bound, line)
 
     def loop(
         self, over: Any, bound: Bound, targets: tuple[str, ...], augmented: tuple[str, ...], has_else: bool, line: int
@@ -89,7 +56,7 @@ class Runtime:
             return over
         if has_else:
             self._refuse("`else` of a `for` over a proxy", line, "write what follows the loop after it")
-        return Loop(self, over, bound, Kinds(targets, augmented), line)
+        return ForConstruct(self, over, bound, LoopNames(targets, augmented), line)
 
     def plain(self, construct: str, value: object, line: int) -> object:
         """A value that the construct needs now. Raises if it is a proxy."""
@@ -117,7 +84,7 @@ class Runtime:
 
     def arm(self, test: object, bound: Bound, line: int) -> bool:
         """`... if test else ...`: whether to evaluate the first value."""
-        self._branches.append(Branch(self, "conditional expression", test, bound, line))
+        self._branches.append(IfConstruct(self, "conditional expression", test, bound, line))
         return self._branches[-1].then
 
     def other_arm(self) -> bool:
@@ -136,7 +103,7 @@ class Runtime:
 
     def operand(self, left: object, is_and: bool, bound: Bound, line: int) -> bool:
         """The left side of `and` or `or`: whether to evaluate the right one."""
-        branch = Branch(self, "`and`" if is_and else "`or`", left, bound, line)
+        branch = IfConstruct(self, "`and`" if is_and else "`or`", left, bound, line)
         self._operands.append((branch, left, is_and))
         if branch.symbolic and not is_and:
             branch.switch()
@@ -184,7 +151,7 @@ class Runtime:
     def _compare(self, symbol: str, left: object, right: object, line: int) -> object:
         return self.contains(left, symbol, right, line) if symbol.endswith("in") else _COMPARE[symbol](left, right)
 
-    def _merge(self, branch: Branch, first: object, second: object) -> object:
+    def _merge(self, branch: IfConstruct, first: object, second: object) -> object:
         if first is not second and not (self.recorder.can_merge(first) and self.recorder.can_merge(second)):
             kinds = f"{type(first).__name__} and {type(second).__name__}"
             raise ControlFlowError(f"the two values of the {branch.place} can't be merged: {kinds}")

@@ -17,7 +17,7 @@ from types import CodeType, FrameType
 
 from nnsight_vllm.trace.blocks.syntax import first_line, is_silent
 
-Position = tuple[int | None, int | None, int | None, int | None]
+SourceSpan = tuple[int | None, int | None, int | None, int | None]
 _ENTERS = frozenset({"BEFORE_WITH"})
 _MENTIONS = frozenset(dis.hasname + dis.haslocal + dis.hasfree + dis.hasconst)
 
@@ -81,7 +81,7 @@ def _find(tree: ast.Module, code: CodeType, offset: int) -> Located | None:
     return None
 
 
-def _position(node: ast.expr | ast.stmt) -> Position:
+def _position(node: ast.expr | ast.stmt) -> SourceSpan:
     return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
 
 

@@ -9,10 +9,10 @@ import ast
 from typing import TypeVar
 
 RUNTIME = "__nns__"
-Node = TypeVar("Node", bound=ast.stmt | ast.expr)
+SyntaxNode = TypeVar("SyntaxNode", bound=ast.stmt | ast.expr)
 
 
-def at(node: Node, start: ast.stmt | ast.expr, end: ast.stmt | ast.expr | None = None) -> Node:
+def at(node: SyntaxNode, start: ast.stmt | ast.expr, end: ast.stmt | ast.expr | None = None) -> SyntaxNode:
     """Put a new node at the place of `start`, or at the stretch from it to the end of `end`."""
     last = end or start
     node.lineno, node.col_offset = start.lineno, start.col_offset
@@ -20,7 +20,7 @@ def at(node: Node, start: ast.stmt | ast.expr, end: ast.stmt | ast.expr | None =
     return node
 
 
-def nowhere(node: Node) -> Node:
+def nowhere(node: SyntaxNode) -> SyntaxNode:
     """Put a new node at no line."""
     node.lineno = node.end_lineno = node.col_offset = node.end_col_offset = -1
     return node
