@@ -19,7 +19,7 @@ from nnsight_vllm.graph.codec import decode, encode, from_json, to_json
 from nnsight_vllm.graph.nodes import Graph, Op, Read, Ref, Save
 from nnsight_vllm.graph.ops import OPS
 from nnsight_vllm.plan.caching import caching_of
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.program import compile_graph
 from nnsight_vllm.wire.limits import Limits
 
@@ -314,10 +314,10 @@ class Judge:
         for length in (1, 2, 70):  # what the front end and the scheduler ask of it
             facts = lambda site: 1, lambda digest: 1, length
             caching_of(legal, *facts)
-            cut = cut_of(legal, *facts)
+            cut = chunking_of(legal, *facts)
             if not isinstance(cut, Unchunked):
-                for piece in (cut.piece(0, 1), cut.last(1)):
-                    _ = piece and compile_graph(piece)
+                for chunk in (cut.chunk(0, 1), cut.last(1)):
+                    _ = chunk and compile_graph(chunk)
         toy = Toy(limits=LIMITS, modules=("double",))
         toy.add("plain", PLAIN)
         for name in ("one", "two"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from nnsight_vllm.graph.catalogue import Catalogue
 from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.plan.caching import Caching, Salt, caching_of
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.plan.composed import composed
 
@@ -93,7 +93,7 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
         facts = trailing.__getitem__, lambda digest: _rank(tensors[digest]), num_rows
         try:
             decoded = decode(graph)
-            caching, cut = caching_of(decoded, *facts), cut_of(decoded, *facts)
+            caching, cut = caching_of(decoded, *facts), chunking_of(decoded, *facts)
         except Exception:  # a stranger's bytes may be wrong in any way
             return _ILLEGAL
         if caching.has_parts and isinstance(cut, Unchunked):  # its rows' numbers can't be told from their positions

@@ -43,15 +43,16 @@ from nnsight_vllm.graph.nodes import (
     Stop,
     Write,
 )
-from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, changes_container, is_inplace
+from nnsight_vllm.graph.ops import RANDOM, changes_container
 from nnsight_vllm.graph.walk import is_quiet
+from nnsight_vllm.plan.effects import changes
 from nnsight_vllm.plan.kinds import (
     CONTAINERS,
     NOTHING,
     NUMBER,
     Kinds,
     Of,
-    Value,
+    ValueKind,
     fits,
     is_counted_from_the_end,
     is_drawn,
@@ -154,7 +155,7 @@ class _Reader(Kinds):
                     node.site, self._site(node.site, where.at(node.iteration)), [node.value], where.at(node.iteration)
                 )
             case Const():
-                self._values[node.id] = Value(Of.CONSTANT, self._rank(node.digest))
+                self._values[node.id] = ValueKind(Of.CONSTANT, self._rank(node.digest))
             case Op():
                 self._values[node.id] = self._op(node, where)
             case Stop():
@@ -180,24 +181,24 @@ class _Reader(Kinds):
                 self._hand_on(node.outs, [*node.inits, *node.body.yields])
             case Iterations():
                 self._pass_over()
-                self._values[node.index] = Value(Of.MIXED)
+                self._values[node.index] = ValueKind(Of.MIXED)
                 is_every = (node.start, node.stop, node.step) == (0, None, 1)
                 self.block(node.body, replace(where, is_prompt=node.start == 0, is_every=is_every, is_once=False))
                 self._pass_over()
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
-    def _site(self, site: str, where: _Where) -> Value:
+    def _site(self, site: str, where: _Where) -> ValueKind:
         if is_drawn(site):
             self.may_fail_late = True
-            return Value(Of.MIXED, is_late=True)
-        return Value(Of.ROWS, self._trailing(site), 0 if where.is_prompt else NOTHING, is_late=not where.is_prompt)
+            return ValueKind(Of.MIXED, is_late=True)
+        return ValueKind(Of.ROWS, self._trailing(site), 0 if where.is_prompt else NOTHING, is_late=not where.is_prompt)
 
-    def _read(self, site: str, where: _Where) -> Value:
+    def _read(self, site: str, where: _Where) -> ValueKind:
         self.reads_prompt |= where.is_prompt and not is_drawn(site)
         return self._site(site, where)
 
-    def _write(self, site: str, target: Value, args: Iterable[Arg], where: _Where) -> None:
+    def _write(self, site: str, target: ValueKind, args: Iterable[Arg], where: _Where) -> None:
         """`args`: what the new value is made of, beside the old one."""
         if is_drawn(site):
             self._use(args)
@@ -216,7 +217,7 @@ class _Reader(Kinds):
         else:
             self.writes.add(Salt.PROMPT)
 
-    def _first_of(self, target: Value, where: _Where) -> int:
+    def _first_of(self, target: ValueKind, where: _Where) -> int:
         """The first row that a write to this may change."""
         if target.is_late or not where.is_prompt:
             return self._num_rows
@@ -224,37 +225,37 @@ class _Reader(Kinds):
 
     # -- operations --------------------------------------------------------------------------------------------------
 
-    def _op(self, node: Op, where: _Where) -> Value:
+    def _op(self, node: Op, where: _Where) -> ValueKind:
         self.is_unlike |= node.name in RANDOM
         if node.writes is not None:
             return self._change(node, where)
         target = self.value(node.args[0]) if node.args else NUMBER
         if node.name in CONTAINERS or (changes_container(node.name) and target.is_own and target.of is Of.MIXED):
             self._send(node.args)
-            return Value(Of.MIXED, is_own=True)
-        if is_inplace(node.name) or node.name in MAY_CHANGE or "out" in node.kwargs:
+            return ValueKind(Of.MIXED, is_own=True)
+        if changes(node):
             self._change_unknown(node, target, where)
             return target
         args = [*node.args, *node.kwargs.values()]
         found = self.computed(node) or self._unknown(args, where)
         return replace(found, is_own=is_fresh(node.name))
 
-    def _change(self, node: Op, where: _Where) -> Value:
+    def _change(self, node: Op, where: _Where) -> ValueKind:
         """In place, on a site."""
         assert node.writes is not None
-        target = self.value(node.args[0]) if node.args else Value(Of.MIXED)
+        target = self.value(node.args[0]) if node.args else ValueKind(Of.MIXED)
         kind = rule_of(node.name).kind
         rest: list[Arg] = [*node.args[1:], *node.kwargs.values()]
         is_known = kind is Kind.POINTWISE or node.name.startswith("edit.")
         if node.name == "py.setitem" and len(node.args) == 3:
             part = self.part(target, node.args[1])
-            target, rest, is_known = part or Value(Of.MIXED), node.args[2:], part is not None
+            target, rest, is_known = part or ValueKind(Of.MIXED), node.args[2:], part is not None
         if node.name.startswith("edit."):  # its matrices act on each row
             rest = [arg for arg in rest if self.value(arg).of is not Of.CONSTANT]
-        self._write(node.writes, target if is_known else Value(Of.MIXED), rest, where)
+        self._write(node.writes, target if is_known else ValueKind(Of.MIXED), rest, where)
         return target
 
-    def _unknown(self, args: Iterable[Arg], where: _Where) -> Value:
+    def _unknown(self, args: Iterable[Arg], where: _Where) -> ValueKind:
         """The result of an operation that isn't followed, and that may fail for some values."""
         args = list(args)
         is_late = not where.is_prompt or any(self._is_late(arg) for arg in args)
@@ -269,7 +270,7 @@ class _Reader(Kinds):
         self.may_fail_late = True
         self._use(args)
 
-    def _change_unknown(self, node: Op, target: Value, where: _Where) -> None:
+    def _change_unknown(self, node: Op, target: ValueKind, where: _Where) -> None:
         """In place, on a value that may be the graph's own, or a view of a site that the recorder couldn't see."""
         self.changes_own = True
         self._break_off(where.is_prompt and not target.is_late)
@@ -278,7 +279,7 @@ class _Reader(Kinds):
             self.first = 0
         self._use([*node.args[1:], *node.kwargs.values()])
 
-    def part(self, target: Value, key: Arg) -> Value | None:
+    def part(self, target: ValueKind, key: Arg) -> ValueKind | None:
         found = super().part(target, key)
         is_numbered = target.of is Of.ROWS and not target.is_late and not is_counted_from_the_end(key)
         if found is not None and found.of is Of.PART and is_numbered:

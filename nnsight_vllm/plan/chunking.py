@@ -1,12 +1,12 @@
-"""May a graph's prompt come in pieces, and what does it do with each?
+"""May a graph's prompt come in chunks, and what does it do with each?
 
 What a graph does in iteration 0 falls into three:
 
-    rows   done for every piece: reads, operations row by row, edits of all rows or of known ones
-    sent   values of rows that go home or into a container: every piece keeps its own, and the last one joins them
-    rest   done once, in the piece with the prompt's last row: that row's values, logits, tokens, later iterations
+    rows   done for every chunk: reads, operations row by row, edits of all rows or of known ones
+    sent   values of rows that go home or into a container: every chunk keeps its own, and the last one joins them
+    rest   done once, in the chunk with the prompt's last row: that row's values, logits, tokens, later iterations
 
-A graph that has anything else, such as a mean over rows, needs its prompt whole, and `Unchunked` says why.
+A graph that has anything else, such as a mean over rows, needs its prompt in one, and `Unchunked` says why.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, changes_container, is_inp
 from nnsight_vllm.graph.text import render
 from nnsight_vllm.graph.walk import blocks_of, nodes_of
 from nnsight_vllm.plan.chunks import Chunked, ChunkSave
-from nnsight_vllm.plan.kinds import CONTAINERS, NUMBER, Kinds, Of, Part, Value, fits, is_counted_from_the_end, is_drawn
+from nnsight_vllm.plan.kinds import (
+    CONTAINERS,
+    NUMBER,
+    Kinds,
+    Of,
+    RowRange,
+    ValueKind,
+    fits,
+    is_counted_from_the_end,
+    is_drawn,
+)
 from nnsight_vllm.plan.rows import Kind, is_fresh, rule_of
 
 _SEVERAL = frozenset(["topk", "sort", "max", "min"])
@@ -54,23 +64,23 @@ class Unchunked:
     reason: str
 
 
-class _NeedsWhole(Exception):
+class _NeedsOneStep(Exception):
     pass
 
 
-def cut_of(
+def chunking_of(
     graph: Graph, trailing: Callable[[str], int], rank: Callable[[str], int], num_rows: int
 ) -> Chunked | Unchunked:
     """For a prompt of `num_rows` tokens; the others are those of `Kinds`."""
     fresh = itertools.count(1 + max(ids_of(graph.body), default=0))
     nodes = list(_peeled(graph.body.nodes, fresh))
-    cutter = _Cutter(trailing, rank, num_rows, fresh)
+    chunker = _Chunker(trailing, rank, num_rows, fresh)
     try:
         for node in nodes:
-            cutter.node(node)
-    except _NeedsWhole as error:
+            chunker.node(node)
+    except _NeedsOneStep as error:
         return Unchunked(str(error))
-    return Chunked(tuple(nodes), cutter.rows, cutter.sent, cutter.indexed, num_rows)
+    return Chunked(tuple(nodes), chunker.rows, chunker.sent, chunker.indexed, num_rows)
 
 
 def _peeled(nodes: Iterable[Node], fresh: Iterator[int]) -> Iterator[Node]:
@@ -86,18 +96,18 @@ def _peeled(nodes: Iterable[Node], fresh: Iterator[int]) -> Iterator[Node]:
             yield Iterations(node.id, node.step, node.stop, node.step, node.index, node.body)
 
 
-class _Cutter(Kinds):
-    """Runs a graph on kinds. Raises `_NeedsWhole`."""
+class _Chunker(Kinds):
+    """Runs a graph on kinds. Raises `_NeedsOneStep`."""
 
     def __init__(
         self, trailing: Callable[[str], int], rank: Callable[[str], int], num_rows: int, fresh: Iterator[int]
     ) -> None:
         super().__init__(trailing, rank, num_rows)
-        self.rows: dict[int, Part | None] = {}
+        self.rows: dict[int, RowRange | None] = {}
         self.sent: dict[int, list[ChunkSave]] = {}
-        self.indexed: dict[int, Part] = {}
+        self.indexed: dict[int, RowRange] = {}
         self._fresh = fresh
-        self._several: dict[int, Value] = {}  # operations with several results, and the kind of each of them
+        self._several: dict[int, ValueKind] = {}  # operations with several results, and the kind of each of them
         self._depth = 0  # of branches and loops
         self._is_past = False  # iteration 0 is over
 
@@ -108,7 +118,7 @@ class _Cutter(Kinds):
             case Write():
                 self._write(node)
             case Const():
-                self._values[node.id] = self._done(node, Value(Of.CONSTANT, self._rank(node.digest)))
+                self._values[node.id] = self._done(node, ValueKind(Of.CONSTANT, self._rank(node.digest)))
             case Op():
                 self._values[node.id] = self._op(node)
             case Call():
@@ -117,7 +127,7 @@ class _Cutter(Kinds):
                 self._send(node, [node.value])
             case Import():
                 self._is_past |= node.iteration != 0
-                self._values[node.id] = Value(Of.MIXED, is_own=True)
+                self._values[node.id] = ValueKind(Of.MIXED, is_own=True)
             case Log() | Stop():
                 self._rest(node)
             case Cond() | Loop():
@@ -125,35 +135,35 @@ class _Cutter(Kinds):
             case Iterations():
                 self._later(node)
             case _:
-                raise _NeedsWhole(f"{render(Graph(Block([node])))} isn't known to do without the other rows")
+                raise _NeedsOneStep(f"{render(Graph(Block([node])))} isn't known to do without the other rows")
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
-    def _read(self, node: Read) -> Value:
+    def _read(self, node: Read) -> ValueKind:
         if is_drawn(node.site) or node.iteration != 0:
             self._is_past |= node.iteration != 0
-            return Value(Of.MIXED, is_late=True)
-        return self._done(node, Value(Of.ROWS, self._trailing(node.site), needs=0))
+            return ValueKind(Of.MIXED, is_late=True)
+        return self._done(node, ValueKind(Of.ROWS, self._trailing(node.site), needs=0))
 
     def _write(self, node: Write) -> None:
         if is_drawn(node.site) or node.iteration != 0:
             self._is_past |= node.iteration != 0
             self._rest(node)
             return
-        target = Value(Of.ROWS, self._trailing(node.site), needs=0)
+        target = ValueKind(Of.ROWS, self._trailing(node.site), needs=0)
         if not fits(self.value(node.value), target):
-            raise _NeedsWhole(f"{node.site} is assigned a value that isn't made row by row")
+            raise _NeedsOneStep(f"{node.site} is assigned a value that isn't made row by row")
         self._edit(node, target)
 
     # -- operations --------------------------------------------------------------------------------------------------
 
-    def _op(self, node: Op) -> Value:
+    def _op(self, node: Op) -> ValueKind:
         target = self.value(node.args[0]) if node.args else NUMBER
         if node.name in CONTAINERS or (changes_container(node.name) and target.is_own and target.of is Of.MIXED):
             self._send(node, operands(node))
-            return Value(Of.MIXED, is_own=True)
+            return ValueKind(Of.MIXED, is_own=True)
         if "out" in node.kwargs:
-            raise _NeedsWhole(f"{node.name} with out= isn't followed")
+            raise _NeedsOneStep(f"{node.name} with out= isn't followed")
         if node.writes is not None or is_inplace(node.name) or (node.name in MAY_CHANGE and len(operands(node)) > 1):
             return self._change(node, target)
         found = self._computed_rows(node, target)
@@ -161,11 +171,11 @@ class _Cutter(Kinds):
             self._rest(node)
             used = [id for arg in operands(node) for id in refs(arg)]
             is_late = bool(used) and all(self._values[id].is_late for id in used if id in self._values)
-            return Value(Of.MIXED, is_own=is_fresh(node.name), is_late=is_late)
+            return ValueKind(Of.MIXED, is_own=is_fresh(node.name), is_late=is_late)
         self._number(node, target, found)
         return self._done(node, replace(found, is_own=is_fresh(node.name)))
 
-    def _computed_rows(self, node: Op, target: Value) -> Value | None:
+    def _computed_rows(self, node: Op, target: ValueKind) -> ValueKind | None:
         """The kind of what is made row by row, or of constants."""
         name = node.name.partition(".")[2]
         if node.name in RANDOM:
@@ -188,21 +198,21 @@ class _Cutter(Kinds):
         rule = rule_of(node.name)
         return node.kwargs.get("dim", node.args[rule.dim] if len(node.args) > rule.dim else rule.default)
 
-    def _call(self, node: Call) -> Value:
+    def _call(self, node: Call) -> ValueKind:
         value = self.value(node.args[0]) if len(node.args) == 1 else NUMBER
         if value.is_rows and value.dims == 1:  # every module that can be called works on each row
             return self._done(node, replace(value, is_own=True))
         self._rest(node)
-        return Value(Of.MIXED, is_late=any(self.value(arg).is_late for arg in node.args))
+        return ValueKind(Of.MIXED, is_late=any(self.value(arg).is_late for arg in node.args))
 
-    def _change(self, node: Op, base: Value) -> Value:
+    def _change(self, node: Op, base: ValueKind) -> ValueKind:
         """In place, on a site or on a value."""
         others: list[Arg] = [*node.args[1:], *node.kwargs.values()]
         is_known = rule_of(node.name).kind is Kind.POINTWISE or node.name.startswith("edit.")
         target = base
         if node.name == "py.setitem" and base.is_rows and len(node.args) == 3:
             part = self.part(base, node.args[1])
-            target, others, is_known = part or Value(Of.MIXED), [node.args[2]], part is not None
+            target, others, is_known = part or ValueKind(Of.MIXED), [node.args[2]], part is not None
         if not base.is_rows:
             return self._change_other(node, base)
         if self.is_last(base.part) or self.is_last(target.part):
@@ -212,19 +222,19 @@ class _Cutter(Kinds):
         if node.name.startswith("edit."):  # its matrices act on each row
             others = [arg for arg in others if self.value(arg).of is not Of.CONSTANT]
         if not is_known or not all(fits(self.value(arg), target) for arg in others):
-            raise _NeedsWhole(f"{node.name} changes rows by values that aren't made row by row")
+            raise _NeedsOneStep(f"{node.name} changes rows by values that aren't made row by row")
         self._number(node, base, target)
         self._edit(node, target)
         return target if node.name != "py.setitem" else base
 
-    def _change_other(self, node: Op, target: Value) -> Value:
-        """What isn't rows: done once, unless it's a constant, which all pieces may use."""
+    def _change_other(self, node: Op, target: ValueKind) -> ValueKind:
+        """What isn't rows: done once, unless it's a constant, which all chunks may use."""
         if target.of is Of.CONSTANT:
             if node.name in RANDOM or any(self.value(arg).of is not Of.CONSTANT for arg in operands(node)):
-                raise _NeedsWhole(f"{node.name} changes a constant by other values")
+                raise _NeedsOneStep(f"{node.name} changes a constant by other values")
             return self._edit(node, target)
         if node.writes is None and not (target.is_own or target.is_late):
-            raise _NeedsWhole(f"{node.name} changes a value that may be part of another one")
+            raise _NeedsOneStep(f"{node.name} changes a value that may be part of another one")
         self._rest(node)
         return target
 
@@ -237,7 +247,7 @@ class _Cutter(Kinds):
     def _branch(self, node: Cond | Loop) -> None:
         self._rest(node)
         outer = [*node.outs, *([node.item, *node.carried] if isinstance(node, Loop) else [])]
-        self._values.update(dict.fromkeys(outer, Value(Of.MIXED)))
+        self._values.update(dict.fromkeys(outer, ValueKind(Of.MIXED)))
         self._depth += 1
         for block in blocks_of(node):
             for inner in block.nodes:
@@ -251,48 +261,47 @@ class _Cutter(Kinds):
             self._rest(inner)
             for block in blocks_of(inner):
                 self._rest(inner, block.yields)
-        self._values.update(dict.fromkeys(ids_of(node.body), Value(Of.MIXED, is_own=True, is_late=True)))
+        self._values.update(dict.fromkeys(ids_of(node.body), ValueKind(Of.MIXED, is_own=True, is_late=True)))
 
     # -- the three ---------------------------------------------------------------------------------------------------
 
-    def _done(self, node: Node, value: Value) -> Value:
-        """Done for every piece, where it's of rows that may be in any; remembered outside of branches only."""
+    def _done(self, node: Node, value: ValueKind) -> ValueKind:
+        """Done for every chunk, where it's of rows that may be in any; remembered outside of branches only."""
         if self._depth == 0 and not self.is_last(value.part) and value.of is not Of.MIXED:
             self.rows[node.id] = value.part
         return value
 
-    def _edit(self, node: Node, target: Value) -> Value:
+    def _edit(self, node: Node, target: ValueKind) -> ValueKind:
         if self._depth:
-            raise _NeedsWhole("rows are edited in a branch or a loop")
+            raise _NeedsOneStep("rows are edited in a branch or a loop")
         return self._done(node, target)
 
     def _send(self, node: Node, args: Iterable[Arg]) -> None:
         for id in dict.fromkeys(id for arg in args for id in refs(arg) if self._is_of_rows(id)):
             value = self._values[id]
             if self._depth or self._is_past or id in self._several:
-                raise _NeedsWhole("rows are kept in a branch or a loop, after the prompt, or several results at once")
+                raise _NeedsOneStep("rows are kept in a branch or a loop, after the prompt, or several results at once")
             at, joined, kept = next(self._fresh), next(self._fresh), next(self._fresh)
             self.sent.setdefault(node.id, []).append(ChunkSave(f"{at:064x}", id, value.part, at, joined, kept))
 
     def _rest(self, node: Node, args: Iterable[Arg] | None = None) -> None:
         """Done once: it may look at the last row, but at no other one."""
-        for arg in operands(node) if args is None else args:
-            for id in refs(arg):
-                if self._is_of_rows(id):
-                    what = node.name if isinstance(node, Op) else type(node).__name__.lower()
-                    raise _NeedsWhole(f"{what} takes rows of the prompt together")
+        used = operands(node) if args is None else args
+        if any(self._is_of_rows(id) for arg in used for id in refs(arg)):
+            what = node.name if isinstance(node, Op) else type(node).__name__.lower()
+            raise _NeedsOneStep(f"{what} takes rows of the prompt together")
 
     def _is_of_rows(self, id: int) -> bool:
         value = self._values.get(id, NUMBER)
         return value.is_rows and not self.is_last(value.part)
 
-    def _number(self, node: Op, base: Value, found: Value) -> None:
-        """Remember an index whose rows have other numbers in a piece."""
+    def _number(self, node: Op, base: ValueKind, found: ValueKind) -> None:
+        """Remember an index whose rows have other numbers in a chunk."""
         if base.of is not Of.ROWS or found.part is None or node.name not in {"py.getitem", "py.setitem"}:
             return
         if not is_counted_from_the_end(node.args[1]):
             if self._depth:
-                raise _NeedsWhole("rows are chosen by their numbers in a branch or a loop")
+                raise _NeedsOneStep("rows are chosen by their numbers in a branch or a loop")
             self.indexed[node.id] = found.part
 
 

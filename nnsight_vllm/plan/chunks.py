@@ -1,11 +1,12 @@
-"""A graph over a prompt that comes in pieces: what it does with each, as graphs of their own.
+"""A graph over a prompt that comes in chunks: what it does with each, as graphs of their own.
 
-Rows are named by their positions in the prompt. In a piece they have other numbers, and a part of the rows may lie in it or
-not: the graphs made here have the numbers of the piece, and nothing that isn't in it.
+Rows are named by their positions in the prompt. In a chunk they have other numbers, and a part of the rows may lie in it or
+not: the graphs made here have the numbers of the chunk, and nothing that isn't in it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,16 +14,16 @@ from nnsight_vllm.graph.check import operands, refs
 from nnsight_vllm.graph.copying import Copier
 from nnsight_vllm.graph.nodes import Arg, Block, Const, Graph, List, Node, Op, Ref, Save, Slice, Stop, Tuple, Write
 from nnsight_vllm.graph.ops import is_inplace
-from nnsight_vllm.plan.kinds import Part
+from nnsight_vllm.plan.kinds import RowRange
 
 
 @dataclass(frozen=True)
 class ChunkSave:
-    """Value `id`, of rows, goes home or into a container. Each piece saves its rows under `key`; ids for the joining nodes."""
+    """Value `id`, of rows, goes home or into a container. Each chunk saves its rows under `key`; ids for the joining nodes."""
 
     key: str
     id: int
-    part: Part | None
+    part: RowRange | None
     at: int
     joined: int
     kept: int
@@ -30,35 +31,32 @@ class ChunkSave:
 
 @dataclass(frozen=True)
 class Chunked:
-    """`nodes`: the graph with iteration 0 outside of blocks. `rows`: of those done for every piece, the rows they are about.
+    """`nodes`: the graph with iteration 0 outside of blocks. `rows`: of those done for every chunk, the rows they are about.
 
     `sent`: by node, the values that it needs joined. `indexed`: parts by the node that takes them out of all rows.
     """
 
     nodes: Sequence[Node]
-    rows: Mapping[int, Part | None]
+    rows: Mapping[int, RowRange | None]
     sent: Mapping[int, Sequence[ChunkSave]]
-    indexed: Mapping[int, Part]
+    indexed: Mapping[int, RowRange]
     num_rows: int
 
-    def piece(self, start: int, stop: int) -> Graph | None:
+    def chunk(self, start: int, stop: int) -> Graph | None:
         """What to do with positions `start` to `stop`, which aren't the prompt's last ones; None: nothing."""
         kept: list[Node] = []
-        for node in self.nodes:
-            if isinstance(node, Stop):
-                break
+        for node in itertools.takewhile(lambda node: not isinstance(node, Stop), self.nodes):
             if node.id in self.rows and _overlaps(self.rows[node.id], start, stop):
                 kept.append(self._numbered(node, start, stop))
-            for sent in self.sent.get(node.id, ()):
-                if _overlaps(sent.part, start, stop):
-                    kept.append(Save(sent.kept, sent.key, Ref(sent.id)))
+            due = [sent for sent in self.sent.get(node.id, ()) if _overlaps(sent.part, start, stop)]
+            kept += [Save(sent.kept, sent.key, Ref(sent.id)) for sent in due]
         kept = _needed(kept)
         return Graph(Block(kept)) if any(map(_has_effect, kept)) else None
 
     def last(self, start: int) -> Graph | None:
         """The graph for a step with the positions from `start` on, the prompt's last ones; None: it's the same.
 
-        Rows of the pieces before are constants in it, by the keys of what was sent.
+        Rows of the chunks before are constants in it, by the keys of what was sent.
         """
         if start == 0:
             return None
@@ -95,7 +93,7 @@ class Chunked:
         return Op(node.id, node.name, [node.args[0], key, *node.args[2:]], node.kwargs, node.writes)
 
 
-def _overlaps(part: Part | None, start: int, stop: int) -> bool:
+def _overlaps(part: RowRange | None, start: int, stop: int) -> bool:
     return part is None or (part.start < stop and start < part.stop)
 
 

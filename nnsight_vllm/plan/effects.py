@@ -14,6 +14,11 @@ from nnsight_vllm.plan.rows import is_fresh
 ANY = -(2**62)  # stands for whatever the branches of a cond or the trips of a loop may hand on
 
 
+def changes(node: Op) -> bool:
+    """Whether an operation may change one of its arguments, containers aside."""
+    return is_inplace(node.name) or node.name in MAY_CHANGE or "out" in node.kwargs
+
+
 def changed(nodes: Iterable[Node]) -> set[int]:
     """Values that aren't sites and that an in-place operation may reach, under whatever name."""
     roots: dict[int, set[int]] = {}

@@ -5,7 +5,7 @@
     PART      the same for some rows, which are known by their positions in the prompt
     MIXED     anything else: it may depend on all rows
 
-How the prefix cache may be used and whether a prompt may come in pieces both follow from this. Where a kind isn't known, it
+How the prefix cache may be used and whether a prompt may come in chunks both follow from this. Where a kind isn't known, it
 counts as `MIXED`.
 """
 
@@ -40,7 +40,7 @@ class Of(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Part:
+class RowRange:
     """Rows of the prompt, by positions: `start` to `stop`. `is_one`: a single row, without a dimension for it.
 
     `is_fixed`: prompts of any length that have these rows mean the same ones.
@@ -53,13 +53,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Value:
+class ValueKind:
     """`dims`: dimensions, that of rows not counted. `needs`: the first row of the prompt that is in it, other than the last."""
 
     of: Of
     dims: int = 0
     needs: int = NOTHING
-    part: Part | None = None
+    part: RowRange | None = None
     is_own: bool = False  # a container, or something the graph made for itself
     is_late: bool = False  # known only behind all of the prompt's sites
 
@@ -68,7 +68,7 @@ class Value:
         return self.of in (Of.ROWS, Of.PART)
 
 
-NUMBER = Value(Of.CONSTANT)
+NUMBER = ValueKind(Of.CONSTANT)
 
 
 class Kinds:
@@ -81,25 +81,25 @@ class Kinds:
         self._trailing = trailing
         self._rank = rank
         self._num_rows = num_rows
-        self._values: dict[int, Value] = {}
+        self._values: dict[int, ValueKind] = {}
 
-    def value(self, arg: Arg) -> Value:
+    def value(self, arg: Arg) -> ValueKind:
         match arg:
             case Ref():
-                return self._values.get(arg.id, Value(Of.MIXED))
+                return self._values.get(arg.id, ValueKind(Of.MIXED))
             case List() | Tuple():
                 return NUMBER if not any(True for _ in refs(arg)) else self.mixed([arg])
             case _:
                 return self.mixed([arg]) if any(True for _ in refs(arg)) else NUMBER
 
-    def mixed(self, args: Iterable[Arg]) -> Value:
-        return Value(Of.MIXED, needs=self.needs_of(args))
+    def mixed(self, args: Iterable[Arg]) -> ValueKind:
+        return ValueKind(Of.MIXED, needs=self.needs_of(args))
 
     def needs_of(self, args: Iterable[Arg]) -> int:
         known = (self._values[id].needs for arg in args for id in refs(arg) if id in self._values)
         return min(known, default=NOTHING)
 
-    def computed(self, node: Op) -> Value | None:
+    def computed(self, node: Op) -> ValueKind | None:
         """The kind of an operation's result that changes nothing; None where it isn't known."""
         target = self.value(node.args[0]) if node.args else NUMBER
         if node.name == "py.getitem" and len(node.args) == 2:
@@ -114,7 +114,7 @@ class Kinds:
             case _:
                 return None
 
-    def part(self, target: Value, key: Arg) -> Value | None:
+    def part(self, target: ValueKind, key: Arg) -> ValueKind | None:
         """`target[key]`, where that's columns of all rows, or known rows."""
         items: list[Arg] = key.items if isinstance(key, Tuple) else [key]
         if not target.is_rows or not items:
@@ -132,7 +132,7 @@ class Kinds:
         needs = NOTHING if target.needs == NOTHING or self.is_last(part) else part.start
         return replace(target, of=Of.PART, dims=dims, part=part, needs=needs)
 
-    def is_last(self, part: Part | None) -> bool:
+    def is_last(self, part: RowRange | None) -> bool:
         """Whether it's the prompt's last row."""
         return part is not None and part.start == self._num_rows - 1
 
@@ -148,14 +148,14 @@ class Kinds:
         left = dims + columns.count(None) - sum(type(item) is int for item in columns)
         return left if left >= 0 else None
 
-    def _rows_of(self, key: Arg, target: Value) -> Part | None:
+    def _rows_of(self, key: Arg, target: ValueKind) -> RowRange | None:
         """The rows behind an index or a slice; None where there are none, or it can't be said."""
         last, length = self._num_rows - 1, self._num_rows
         if target.is_late:  # one row, whichever iteration it is
-            return Part(last, length, True) if type(key) is int and key == -1 else None
+            return RowRange(last, length, True) if type(key) is int and key == -1 else None
         if type(key) is int:
             row = key if key >= 0 else key + length
-            return Part(row, row + 1, True, key >= 0) if 0 <= row < length else None
+            return RowRange(row, row + 1, True, key >= 0) if 0 <= row < length else None
         if not isinstance(key, Slice) or key.step not in (None, 1):
             return None
         ends = [key.start, key.stop]
@@ -163,18 +163,18 @@ class Kinds:
             return None
         start, stop, _ = slice(*ends).indices(length)
         is_fixed = _is_from_front(key.start, 0, length) and _is_from_front(key.stop, None, length)
-        return Part(start, stop, False, is_fixed) if start < stop else None
+        return RowRange(start, stop, False, is_fixed) if start < stop else None
 
-    def _pointwise(self, args: list[Arg]) -> Value | None:
+    def _pointwise(self, args: list[Arg]) -> ValueKind | None:
         values = [self.value(arg) for arg in args]
         made = [value for value in values if value.of is not Of.CONSTANT]
         if not made:
-            return Value(Of.CONSTANT, max((value.dims for value in values), default=0))
+            return ValueKind(Of.CONSTANT, max((value.dims for value in values), default=0))
         if not all(fits(value, made[0]) for value in values):
             return None
         return replace(made[0], needs=min(value.needs for value in made))
 
-    def _product(self, node: Op) -> Value | None:
+    def _product(self, node: Op) -> ValueKind | None:
         if len(node.args) != 2 or node.kwargs:
             return None
         left, right = (self.value(arg) for arg in node.args)
@@ -184,7 +184,7 @@ class Kinds:
             return None
         return replace(left, dims=right.dims - 1) if right.dims in (1, 2) else None
 
-    def _along(self, node: Op, target: Value) -> Value | None:
+    def _along(self, node: Op, target: ValueKind) -> ValueKind | None:
         """Over the last dimension of each row, where it says so and has one."""
         at = rule_of(node.name).dim
         dim = node.kwargs.get("dim", node.args[at] if len(node.args) > at else None)
@@ -195,7 +195,7 @@ class Kinds:
         return replace(target, dims=target.dims - (0 if keeps else 1))
 
 
-def fits(value: Value, target: Value) -> bool:
+def fits(value: ValueKind, target: ValueKind) -> bool:
     """Whether an element of the target meets only what belongs to its own row."""
     if value.of is Of.CONSTANT:
         return value.dims <= target.dims

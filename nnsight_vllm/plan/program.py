@@ -31,7 +31,7 @@ from nnsight_vllm.graph.nodes import (
     Stop,
     Write,
 )
-from nnsight_vllm.graph.ops import MAY_CHANGE, is_inplace
+from nnsight_vllm.graph.ops import is_inplace
 from nnsight_vllm.graph.walk import is_quiet, nodes_of
 from nnsight_vllm.plan import effects
 from nnsight_vllm.plan.edits import Edit, Visit, find_edits, find_visits
@@ -285,23 +285,19 @@ def _bound(value: int | None) -> Arg:
 
 def _copied(nodes: list[Node]) -> frozenset[int]:
     """Constants and imports that leave their node under another name (a view, a container, a branch's result) or are changed."""
-    if not any(isinstance(node, Op) and _changes(node) for node in nodes):
+    if not any(isinstance(node, Op) and effects.changes(node) for node in nodes):
         return frozenset()
     constants = {node.id for node in nodes if isinstance(node, Const | Import)}
     return frozenset(id for node in nodes for arg in _aliased(node) for id in refs(arg) if id in constants)
 
 
-def _changes(node: Op) -> bool:
-    return is_inplace(node.name) or node.name in MAY_CHANGE or "out" in node.kwargs
-
-
 def _aliased(node: Node) -> list[Arg]:
     """Arguments that a node may hand on as they are, or change."""
     match node:
-        case Op() if is_fresh(node.name) and not _changes(node):
+        case Op() if is_fresh(node.name) and not effects.changes(node):
             return [*node.kwargs.values()]
         case Op():
-            is_reader = not _changes(node) and node.name.partition(".")[0] != "py"
+            is_reader = not effects.changes(node) and node.name.partition(".")[0] != "py"
             first = node.args[:1] if is_reader or node.name in _READERS or is_inplace(node.name) else node.args
             return [*first, *node.kwargs.values()]
         case Cond():

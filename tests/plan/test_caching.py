@@ -15,7 +15,7 @@ from nnsight_vllm.frontend.cache_salt import known_by, salt_of
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Iterations, Op, Read, Ref
 from nnsight_vllm.plan.caching import Caching, Salt
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.chunks import Chunked
 
 V, W, M = torch.ones(HIDDEN), torch.arange(float(HIDDEN)), torch.eye(HIDDEN)
@@ -368,9 +368,9 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
 
     def look(graph: Graph, trailing: Any, rank: Any, num_rows: int) -> Chunked | Unchunked:
         looked.append(num_rows)
-        return cut_of(graph, trailing, rank, num_rows)
+        return chunking_of(graph, trailing, rank, num_rows)
 
-    monkeypatch.setattr("nnsight_vllm.frontend.cache_salt.cut_of", look)
+    monkeypatch.setattr("nnsight_vllm.frontend.cache_salt.chunking_of", look)
     known = known_by(catalogue())
 
     def ask(value: torch.Tensor, rows: int = 4) -> Any:

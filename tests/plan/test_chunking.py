@@ -1,4 +1,4 @@
-"""What is done with each piece of a prompt, as graphs: golden text, from what users write."""
+"""What is done with each chunk of a prompt, as graphs: golden text, from what users write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnsight_vllm.frontend.cache_salt import known_by
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.nodes import Block, Const, Graph, Op, Read, Ref
 from nnsight_vllm.graph.text import render
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.chunks import Chunked
 
 V = torch.ones(HIDDEN)
@@ -31,8 +31,8 @@ def cut(program: Callable[[FakeModel, Any], object]) -> Chunked:
     return found
 
 
-def piece(found: Chunked, start: int, stop: int) -> str:
-    made = found.piece(start, stop)
+def chunk(found: Chunked, start: int, stop: int) -> str:
+    made = found.chunk(start, stop)
     assert made is not None
     check(made, catalogue())
     return render(made)
@@ -45,7 +45,7 @@ def last(found: Chunked, start: int) -> str:
     return render(made)
 
 
-def test_what_only_looks_at_the_last_row_does_nothing_before_it_and_is_the_same_in_the_last_piece() -> None:
+def test_what_only_looks_at_the_last_row_does_nothing_before_it_and_is_the_same_in_the_last_chunk() -> None:
     def program(model: FakeModel, tracer: Any) -> None:
         h = model.model.layers[0].output[0]
         (h[-1] @ V).save()
@@ -54,11 +54,11 @@ def test_what_only_looks_at_the_last_row_does_nothing_before_it_and_is_the_same_
         model.logits.output[:, 3] = 0
 
     found = cut(program)
-    assert found.piece(0, 7) is None
+    assert found.chunk(0, 7) is None
     assert found.last(4) is None
 
 
-def test_a_piece_keeps_rows_and_the_last_one_joins_them() -> None:
+def test_a_chunk_keeps_rows_and_the_last_one_joins_them() -> None:
     def program(model: FakeModel, tracer: Any) -> None:
         h = model.model.layers[0].output[0]
         h += 1.0
@@ -66,7 +66,7 @@ def test_a_piece_keeps_rows_and_the_last_one_joins_them() -> None:
         model.logits.output.save()
 
     found = cut(program)
-    assert piece(found, 0, 4) == "\n".join(
+    assert chunk(found, 0, 4) == "\n".join(
         [
             "%0 = read model.layers.0.output @0",
             "%1 = py.iadd(%0, 1.0) writes model.layers.0.output",
@@ -88,7 +88,7 @@ def test_a_piece_keeps_rows_and_the_last_one_joins_them() -> None:
     )
 
 
-def test_rows_have_the_numbers_of_the_piece_and_what_is_not_in_it_is_left_out() -> None:
+def test_rows_have_the_numbers_of_the_chunk_and_what_is_not_in_it_is_left_out() -> None:
     def program(model: FakeModel, tracer: Any) -> None:
         h = model.model.layers[0].output[0]
         h[1] = 0
@@ -97,19 +97,19 @@ def test_rows_have_the_numbers_of_the_piece_and_what_is_not_in_it_is_left_out() 
 
     found = cut(program)
     assert (
-        piece(found, 0, 2)
+        chunk(found, 0, 2)
         == "%0 = read model.layers.0.output @0\n%1 = py.setitem(%0, 1, 0) writes model.layers.0.output"
     )
-    assert piece(found, 3, 5) == "\n".join(
+    assert chunk(found, 3, 5) == "\n".join(
         [
             "%0 = read model.layers.0.output @0",
             "%2 = py.getitem(%0, 0:2)",
             "%3 = py.imul(%2, 2) writes model.layers.0.output",
         ]
     )
-    assert found.piece(6, 7) is not None and found.piece(1, 2) is not None
+    assert found.chunk(6, 7) is not None and found.chunk(1, 2) is not None
     key = found.sent[5][0].key
-    assert piece(found, 6, 7) == f"%0 = read model.layers.0.output @0\n%4 = py.getitem(%0, 0)\nsave {key} = %4"
+    assert chunk(found, 6, 7) == f"%0 = read model.layers.0.output @0\n%4 = py.getitem(%0, 0)\nsave {key} = %4"
     assert last(found, 5).splitlines()[1:] == [
         "%2 = py.getitem(%0, 0:1)",
         "%3 = py.imul(%2, 2) writes model.layers.0.output",
@@ -132,7 +132,7 @@ def test_a_block_of_iterations_has_the_prompt_written_out() -> None:
             rows.append(h)
 
     found = cut(program)
-    assert piece(found, 0, 4) == "\n".join(
+    assert chunk(found, 0, 4) == "\n".join(
         [
             "%8 = read model.layers.1.output @0",
             "%9 = const 80af5214264d",
@@ -174,10 +174,10 @@ def test_columns_that_a_tensor_chooses_are_taken_of_each_row() -> None:
         h[:, torch.tensor([1, 3])] = 0
         h[:, torch.tensor([2, 4])].save()
 
-    assert piece(cut(program), 0, 4).splitlines()[2] == "%2 = py.setitem(%0, (:, %1), 0) writes model.layers.0.output"
+    assert chunk(cut(program), 0, 4).splitlines()[2] == "%2 = py.setitem(%0, (:, %1), 0) writes model.layers.0.output"
 
 
-def test_a_constant_that_pieces_would_make_random_each_for_itself_is_made_once() -> None:
+def test_a_constant_that_chunks_would_make_random_each_for_itself_is_made_once() -> None:
     nodes = [Const(0, "0" * 64), Op(1, "tensor.normal_", [Ref(0)]), Read(2, "model.layers.0.output", 0)]
-    found = cut_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, 8)  # type: ignore[arg-type]
+    found = chunking_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, 8)  # type: ignore[arg-type]
     assert found == Unchunked("tensor.normal_ changes a constant by other values")

@@ -1,6 +1,6 @@
 """Prompts that the engine computes in several steps, or that begin in the prefix cache.
 
-A piece that isn't the prompt's last one runs as a unit of its own, for that step only, with a graph that does what is to be
+A chunk that isn't the prompt's last one runs as a unit of its own, for that step only, with a graph that does what is to be
 done with its rows. What it saves is held here. In the step with the prompt's last rows the request's own program runs, with
 what was held as constants.
 """
@@ -15,7 +15,7 @@ import torch
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.nodes import Graph
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.plan.template import Digest, parameter_of
@@ -30,7 +30,7 @@ Excess = Callable[[EngineRequest, int, int], str]
 
 @dataclass(kw_only=True)
 class PrefillChunk(EngineRequest):
-    """A request for one step with a piece of its prompt. Its failure is its owner's."""
+    """A request for one step with a chunk of its prompt. Its failure is its owner's."""
 
     owner: EngineRequest
 
@@ -42,7 +42,7 @@ class PrefillChunk(EngineRequest):
 
 
 class Prefill:
-    """`pieces`: of this step. `joined`: requests whose prompt's last piece is in this step, and their constants of held rows."""
+    """`pieces`: of this step. `joined`: requests whose prompt's last chunk is in this step, and their constants of held rows."""
 
     def __init__(
         self, programs: ProgramCache, store: Store, trailing: Callable[[str], int], device: torch.device
@@ -56,7 +56,7 @@ class Prefill:
         self._device = device
 
     def unit(self, request: EngineRequest, position: int, count: int) -> EngineRequest | None:
-        """What runs on these rows of a prompt: the request, a piece of it, or nobody. Raises `PreemptedError`."""
+        """What runs on these rows of a prompt: the request, a chunk of it, or nobody. Raises `PreemptedError`."""
         progress, end = request.progress, position + count
         assert progress is not None
         if end > request.prompt_length or (progress.computed and position != progress.computed):
@@ -64,32 +64,32 @@ class Prefill:
         if count == request.prompt_length:
             request.progress = None
             return request
-        if progress.cut is None:
-            progress.cut = self._cut(request, progress.graph)
+        if progress.chunking is None:
+            progress.chunking = self._chunking(request, progress.graph)
         progress.computed = end
         if end == request.prompt_length:
-            self._finish(request, progress, progress.cut, position)
+            self._finish(request, progress, progress.chunking, position)
             return request
-        if isinstance(progress.cut, Unchunked):
+        if isinstance(progress.chunking, Unchunked):
             raise interrupted(request, position, count)
-        graph = progress.cut.piece(position, end)
-        return None if graph is None else self._piece(request, graph)
+        graph = progress.chunking.chunk(position, end)
+        return None if graph is None else self._chunk(request, graph)
 
     def collect(self, excess: Excess) -> None:
-        """The step is over: hold what its pieces saved."""
-        for piece in self.pieces:
-            request = piece.owner
-            piece.leave_iteration()
+        """The step is over: hold what its chunks saved."""
+        for chunk in self.pieces:
+            request = chunk.owner
+            chunk.leave_iteration()
             if request.progress is None or not request.is_running:
                 continue
-            for key, rows in piece.outbox.values().items():
+            for key, rows in chunk.outbox.values().items():
                 self.num_held += request.progress.hold(key, rows)
             if over := excess(request, request.progress.num_bytes, self.num_held):
                 self.num_held -= request.progress.let_go(over)
         self.pieces = []
 
     def forget(self, groups: Iterable[Group]) -> None:
-        """The last pieces' step is over, so nobody needs the rows of those before."""
+        """The last chunks' step is over, so nobody needs the rows of those before."""
         for request, ids, _ in self.joined:
             for id in ids:
                 request.parameters.pop(id, None)
@@ -105,27 +105,29 @@ class Prefill:
             self.num_held -= request.progress.let_go()
             request.progress = None
 
-    def _cut(self, request: EngineRequest, graph: bytes) -> Chunked | Unchunked:
-        return cut_of(decode(graph), self._trailing, lambda digest: self._store.get(digest).ndim, request.prompt_length)
+    def _chunking(self, request: EngineRequest, graph: bytes) -> Chunked | Unchunked:
+        return chunking_of(
+            decode(graph), self._trailing, lambda digest: self._store.get(digest).ndim, request.prompt_length
+        )
 
-    def _piece(self, request: EngineRequest, graph: Graph) -> PrefillChunk:
-        piece = PrefillChunk(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
-        piece.spent, piece.outbox = request.spent, request.outbox.another()
-        self._load(piece, graph, {})
-        self.pieces.append(piece)
-        return piece
+    def _chunk(self, request: EngineRequest, graph: Graph) -> PrefillChunk:
+        chunk = PrefillChunk(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
+        chunk.spent, chunk.outbox = request.spent, request.outbox.another()
+        self._load(chunk, graph, {})
+        self.pieces.append(chunk)
+        return chunk
 
-    def _finish(self, request: EngineRequest, progress: Progress, cut: Chunked | Unchunked, position: int) -> None:
+    def _finish(self, request: EngineRequest, progress: Progress, chunking: Chunked | Unchunked, position: int) -> None:
         """The prompt's last rows come: have its program know where they begin, and what was held."""
-        graph = None if isinstance(cut, Unchunked) else cut.last(position)
-        if isinstance(cut, Chunked) and graph is not None:
-            keys = {sent.key: position for sents in cut.sent.values() for sent in sents}
+        graph = None if isinstance(chunking, Unchunked) else chunking.last(position)
+        if isinstance(chunking, Chunked) and graph is not None:
+            keys = {sent.key: position for sents in chunking.sent.values() for sent in sents}
             ids = self._load(request, graph, keys)
             self.joined.append((request, ids, progress.excess))
         self.drop(request)
 
     def _load(self, unit: EngineRequest, graph: Graph, keys: dict[str, int]) -> list[int]:
-        """Give a unit a program. `keys`: constants that are rows of the pieces before, which end at a position."""
+        """Give a unit a program. `keys`: constants that are rows of the chunks before, which end at a position."""
         unit.program, parameters = self._programs.of(graph)
         unit.parameters, held = {}, []
         for number, value in enumerate(parameters):

@@ -1,4 +1,4 @@
-"""How far a request's prompt is computed, and what its pieces so far left for the last one."""
+"""How far a request's prompt is computed, and what its chunks so far left for the last one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nnsight_vllm.plan.chunks import Chunked
 
 @dataclass
 class Progress:
-    """`computed`: positions before this one are done. `cut`: how the prompt may be cut, once somebody asked.
+    """`computed`: positions before this one are done. `chunking`: how the prompt may come in chunks, once somebody asked.
 
-    `held`: rows of the pieces, by what they are sent as; they make `num_bytes`. `excess`: why they were too many.
+    `held`: rows of the chunks, by what they are sent as; they make `num_bytes`. `excess`: why they were too many.
     """
 
     graph: bytes
     computed: int = 0
-    cut: Chunked | Unchunked | None = None
+    chunking: Chunked | Unchunked | None = None
     held: dict[str, list[Tensor]] = field(default_factory=dict)
     num_bytes: int = 0
     excess: str = ""
 
     def hold(self, key: str, rows: Tensor) -> int:
-        """Keep rows of a piece. Returns their bytes."""
+        """Keep rows of a chunk. Returns their bytes."""
         if self.excess:
             return 0
         self.held.setdefault(key, []).append(rows)
@@ -40,10 +40,10 @@ class Progress:
         return num_bytes
 
     def joined(self, key: str, device: torch.device) -> Tensor | None:
-        """All rows of the pieces under a key, in order; None: there are none. Something of no use if they were too many."""
+        """All rows of the chunks under a key, in order; None: there are none. Something of no use if they were too many."""
         if self.excess:
             return torch.empty(0, device=device)
-        pieces = self.held.get(key)
-        if pieces is None:
+        chunks = self.held.get(key)
+        if chunks is None:
             return None
-        return (pieces[0] if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])).to(device)
+        return (chunks[0] if len(chunks) == 1 else torch.cat([chunk.to(device) for chunk in chunks])).to(device)

@@ -1,4 +1,4 @@
-"""Prompts in several steps give what they give in one, whatever the pieces; and what needs them whole says so."""
+"""Prompts in several steps give what they give in one, whatever the chunks; and what needs them whole says so."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from nnsight_vllm.graph.nodes import (
     Tuple,
     Write,
 )
-from nnsight_vllm.plan.chunking import Unchunked, cut_of
+from nnsight_vllm.plan.chunking import Unchunked, chunking_of
 from nnsight_vllm.plan.chunks import Chunked
 from nnsight_vllm.wire.limits import Limits
 
@@ -334,7 +334,7 @@ NEED_ALL: dict[str, tuple[list[Node], str]] = {
 @pytest.mark.parametrize("name", NEED_ALL)
 def test_what_needs_all_rows_fails_in_pieces_and_may_be_sent_again(name: str) -> None:
     nodes, reason = NEED_ALL[name]
-    found = cut_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, PROMPT)
+    found = chunking_of(Graph(Block(nodes)), lambda site: 1, lambda digest: 1, PROMPT)
     assert isinstance(found, Unchunked) and reason in found.reason
     toy = Long()
     toy.add("r", graph(*nodes), prompt=PROMPT)
@@ -448,7 +448,7 @@ def test_generated_graphs_that_may_be_cut_give_what_they_give_whole(
     schedules: dict[str, list[tuple[int, int]]] = {}
     for i, cut in enumerate(cuts):
         data, files = build(plan, seed + i, None)
-        found = cut_of(decode(data), lambda site: 0 if site.startswith("samples") else 1, _rank(files), PROMPT)
+        found = chunking_of(decode(data), lambda site: 0 if site.startswith("samples") else 1, _rank(files), PROMPT)
         assume(isinstance(found, Chunked))
         for one in (whole, toy):
             one.store.put(files)
@@ -484,7 +484,7 @@ def test_most_of_the_generated_steps_may_be_cut() -> None:
     whole = set()
     for name in STEPS:
         data, files = build(Plan((name,), (), None, False), 1, None)
-        if isinstance(cut_of(decode(data), lambda site: 1, _rank(files), PROMPT), Unchunked):
+        if isinstance(chunking_of(decode(data), lambda site: 1, _rank(files), PROMPT), Unchunked):
             whole.add(name)
     assert whole == {"chosen columns", "cumulated", "flipped", "mean of all", "mean of rows", "transposed"}
 
