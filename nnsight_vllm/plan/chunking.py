@@ -91,7 +91,7 @@ def _peeled(nodes: Iterable[Node], fresh: Iterator[int]) -> Iterator[Node]:
             continue
         is_once = node.stop is not None and node.stop <= node.step
         ids = {} if is_once else {id: next(fresh) for id in ids_of(node.body)}
-        yield from Copier(ids, {node.index: 0}, iteration=0).block(node.body).nodes
+        yield from Copier(ids, {node.index: 0}, at=0).block(node.body).nodes
         if not is_once:
             yield Iterations(node.id, node.step, node.stop, node.step, node.index, node.body)
 
