@@ -6,11 +6,12 @@ the table, sites and modules exist and may be used this way, sites come in the o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from nnsight_vllm.errors import GraphError
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.nodes import (
+    NESTED,
     Arg,
     Block,
     Call,
@@ -77,18 +78,25 @@ _HEX = frozenset("0123456789abcdef")
 
 def refs(arg: Arg) -> Iterator[int]:
     """Ids of the values that an argument uses."""
+    for leaf in leaves(arg) if type(arg) in NESTED else (arg,):
+        if type(leaf) is Ref:
+            yield leaf.id
+
+
+def leaves(arg: Arg) -> Iterator[Arg]:
+    """The arguments in this one that have no others in them, itself perhaps."""
     match arg:
-        case Ref():
-            yield arg.id
         case Slice():
-            yield from _all_refs((arg.start, arg.stop, arg.step))
+            parts = [arg.start, arg.stop, arg.step]
         case List() | Tuple():
-            yield from _all_refs(arg.items)
+            parts = arg.items
         case Dict():
-            for key, value in arg.items:
-                yield from _all_refs((key, value))
+            parts = [part for pair in arg.items for part in pair]
         case _:
+            yield arg
             return
+    for part in parts:
+        yield from leaves(part)
 
 
 def operands(node: Node) -> list[Arg]:
@@ -252,7 +260,7 @@ class Checker:
         for id in refs(arg):
             if id not in defined and not any(id in scope for scope in seen):
                 raise GraphError(f"node {node}: value {id} isn't defined here")
-        for leaf in _leaves(arg):
+        for leaf in leaves(arg):
             if isinstance(leaf, Dtype) and leaf.name not in DTYPES:
                 raise GraphError(f"node {node}: no dtype {leaf.name!r}")
             if isinstance(leaf, Special) and leaf.text not in {"inf", "-inf", "nan"}:
@@ -262,24 +270,3 @@ class Checker:
     def _same_length(node: int, *lists: list[Arg] | list[int]) -> None:
         if len({len(items) for items in lists}) > 1:
             raise GraphError(f"node {node}: its results and the values of its blocks differ in number")
-
-
-def _all_refs(args: Iterable[Arg]) -> Iterator[int]:
-    for arg in args:
-        yield from refs(arg)
-
-
-def _leaves(arg: Arg) -> Iterator[Arg]:
-    match arg:
-        case Slice():
-            for part in (arg.start, arg.stop, arg.step):
-                yield from _leaves(part)
-        case List() | Tuple():
-            for item in arg.items:
-                yield from _leaves(item)
-        case Dict():
-            for key, value in arg.items:
-                yield from _leaves(key)
-                yield from _leaves(value)
-        case _:
-            yield arg

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nnsight_vllm.graph.nodes import (
+    NESTED,
     Arg,
     Block,
     Call,
@@ -44,9 +45,6 @@ def ids_of(block: Block) -> Iterator[int]:
                 yield node.index
             case _:
                 pass
-
-
-_NESTED = frozenset([Slice, List, Tuple, Dict])
 
 
 class Rewriter:
@@ -92,7 +90,7 @@ class Rewriter:
         return [self.arg(arg) for arg in args]
 
     def arg(self, arg: Arg) -> Arg:
-        return self._nested(arg) if type(arg) in _NESTED else self.leaf(arg)
+        return self._nested(arg) if type(arg) in NESTED else self.leaf(arg)
 
     def _nested(self, arg: Arg) -> Arg:
         match arg:

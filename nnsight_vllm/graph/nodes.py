@@ -61,6 +61,7 @@ class Special(Struct, frozen=True, tag="float", forbid_unknown_fields=True):
 
 
 Arg = Ref | Slice | List | Tuple | Dict | Dots | Dtype | Special | None | bool | int | float | str
+NESTED = frozenset([Slice, List, Tuple, Dict])  # arguments that have others in them
 
 
 class Block(Struct, frozen=True, tag="block", forbid_unknown_fields=True):
