@@ -42,33 +42,11 @@ from nnsight_vllm.graph.order import Cursor
 
 MAX_DEPTH = 64
 MAX_KEY = 64
-DTYPES = frozenset(
-    [
-        "float32",
-        "float64",
-        "float16",
-        "bfloat16",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "bool",
-        "complex64",
-        "complex128",
-        "float",
-        "half",
-        "long",
-        "int",
-        "double",
-        "short",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float8_e4m3fn",
-        "float8_e5m2",
-    ]
-)
+_DTYPES = """
+float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 bool complex64 complex128 float half long int double short
+uint16 uint32 uint64 float8_e4m3fn float8_e5m2
+"""
+DTYPES = frozenset(_DTYPES.split())
 Scopes = tuple[set[int], ...]
 """Ids, by the blocks that define them, from outside in: a copy of all for every inner block would take forever for many."""
 ARGUMENTS = {"py.getitem": 2, "py.setitem": 3, "py.append": 2, "py.attr": 2}

@@ -95,47 +95,31 @@ _MAY_CHANGE = """
 celu dropout elu embedding hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu silu threshold
 """
 
-RANDOM = frozenset(
-    [
-        "tensor.bernoulli",
-        "tensor.multinomial",
-        "tensor.bernoulli_",
-        "tensor.exponential_",
-        "tensor.normal_",
-        "tensor.random_",
-        "tensor.uniform_",
-        "torch.bernoulli",
-        "torch.dropout",
-        "torch.multinomial",
-        "torch.normal",
-        "torch.rand",
-        "torch.rand_like",
-        "torch.randint",
-        "torch.randint_like",
-        "torch.randn",
-        "torch.randn_like",
-        "torch.randperm",
-        "torch.rrelu",
-        "nn.dropout",
-        "nn.gumbel_softmax",
-    ]
+
+def names(space: str, words: str) -> frozenset[str]:
+    """Operations by what they are called in one of the table's spaces."""
+    return frozenset(f"{space}.{word}" for word in words.split())
+
+
+MAY_CHANGE: frozenset[str] = names("nn", _MAY_CHANGE)
+
+RANDOM: frozenset[str] = (
+    names("tensor", "bernoulli multinomial bernoulli_ exponential_ normal_ random_ uniform_")
+    | names(
+        "torch", "bernoulli dropout multinomial normal rand rand_like randint randint_like randn randn_like randperm"
+    )
+    | names("torch", "rrelu")
+    | names("nn", "dropout gumbel_softmax")
 )
 
-
-def _names(prefix: str, words: str) -> frozenset[str]:
-    return frozenset(f"{prefix}.{word}" for word in words.split())
-
-
-MAY_CHANGE: frozenset[str] = _names("nn", _MAY_CHANGE)
-
 OPS: frozenset[str] = (
-    _names("tensor", _TENSOR)
-    | _names("torch", _TORCH)
-    | _names("nn", _NN)
-    | _names("linalg", _LINALG)
-    | _names("special", _SPECIAL)
-    | _names("py", _PY)
-    | _names("edit", _EDIT)
+    names("tensor", _TENSOR)
+    | names("torch", _TORCH)
+    | names("nn", _NN)
+    | names("linalg", _LINALG)
+    | names("special", _SPECIAL)
+    | names("py", _PY)
+    | names("edit", _EDIT)
 )
 
 

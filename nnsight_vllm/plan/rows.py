@@ -55,31 +55,13 @@ _OPERATORS = """
 add sub mul truediv floordiv mod pow and or xor lshift rshift neg pos invert abs eq ne lt le gt ge
 iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift
 """
+_WHOLE = """
+sum mean amax amin argmax argmin prod all any max min median std var nansum softmax log_softmax cumsum cumprod logsumexp
+logcumsumexp flip count_nonzero
+"""
 # name -> (position of the dimension among the arguments, its default)
 _ALONG: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(
-        [
-            "sum",
-            "mean",
-            "amax",
-            "amin",
-            "argmax",
-            "argmin",
-            "prod",
-            "all",
-            "any",
-            "max",
-            "min",
-            "median",
-            "std",
-            "var",
-            "nansum",
-        ],
-        (1, None),
-    ),
-    **dict.fromkeys(
-        ["softmax", "log_softmax", "cumsum", "cumprod", "logsumexp", "logcumsumexp", "flip", "count_nonzero"], (1, None)
-    ),
+    **dict.fromkeys(_WHOLE.split(), (1, None)),
     **dict.fromkeys(["sort", "argsort", "msort", "softmin"], (1, -1)),
     **dict.fromkeys(["topk", "kthvalue"], (2, -1)),
     "norm": (2, None),

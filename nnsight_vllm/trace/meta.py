@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from nnsight_vllm.graph.ops import is_inplace
+from nnsight_vllm.graph.ops import is_inplace, names
 
 
 class Unknown:
@@ -25,33 +25,11 @@ class Unknown:
 UNKNOWN: Final = Unknown()
 
 # Operations that look at data, so meta tensors can't run them.
-DATA_DEPENDENT: Final = frozenset(
-    [
-        "tensor.item",
-        "tensor.tolist",
-        "tensor.nonzero",
-        "torch.nonzero",
-        "tensor.masked_select",
-        "torch.masked_select",
-        "tensor.unique",
-        "torch.unique",
-        "tensor.unique_consecutive",
-        "torch.unique_consecutive",
-        "tensor.equal",
-        "tensor.allclose",
-        "torch.allclose",
-        "tensor.bincount",
-        "torch.bincount",
-        "py.int",
-        "py.float",
-        "py.bool",
-        "py.str",
-        "tensor.histc",
-        "torch.histc",
-        "torch.tensor",
-        "tensor.is_nonzero",
-        "torch.combinations",
-    ]
+_IN_BOTH = "nonzero masked_select unique unique_consecutive allclose bincount histc"
+DATA_DEPENDENT: Final = (
+    names("tensor", _IN_BOTH + " item tolist equal is_nonzero")
+    | names("torch", _IN_BOTH + " tensor combinations")
+    | names("py", "int float bool str")
 )
 
 # Operations whose result may share its first argument's memory, for the cases that meta tensors can't decide.
