@@ -17,6 +17,8 @@ from nnsight_vllm.wire.step_output import Address, Released
 PATIENCE = 30.0
 """Seconds that a bundle waits for those of its requests that haven't come."""
 
+_CIRCLE = Failure("InterventionError", "the request that makes it waits for this one")
+
 
 @dataclass
 class _Member:
@@ -125,19 +127,9 @@ class Bundles:
 
     def hopeless(self, held: Mapping[str, int]) -> dict[str, Failure]:
         """Of held requests, by the iteration that they wait before, those that will never go on, and why."""
-        found: dict[str, Failure] = {}
         circle = self._circle(held)
-        for id, iteration in held.items():
-            member = self._unmet.get(id)
-            if member is None:
-                continue
-            for need in member.bundle.missing(member.links, iteration):
-                reason = self._reason(member.bundle, need)
-                if reason is None and id in circle:
-                    reason = Failure("InterventionError", "the request that makes it waits for this one")
-                if reason is not None:
-                    found.setdefault(id, _failed(need, reason, member.links.program))
-        return found
+        reasons = {id: self._failure(id, iteration, id in circle) for id, iteration in held.items()}
+        return {id: failure for id, failure in reasons.items() if failure is not None}
 
     def take_released(self) -> Released:
         """What the worker has to hear with the next step."""
@@ -147,6 +139,17 @@ class Bundles:
                 self._released.bundles.append(name)
         released, self._released = self._released, Released()
         return released
+
+    def _failure(self, request_id: str, iteration: int, is_in_circle: bool) -> Failure | None:
+        """Why a request will never begin an iteration; None where it may."""
+        member = self._unmet.get(request_id)
+        if member is None:
+            return None
+        for need in member.bundle.missing(member.links, iteration):
+            reason = self._reason(member.bundle, need) or (_CIRCLE if is_in_circle else None)
+            if reason is not None:
+                return _failed(need, reason, member.links.program)
+        return None
 
     def _reason(self, bundle: _Bundle, need: Need) -> Failure | None:
         """Why a value will never be there; None where it may."""

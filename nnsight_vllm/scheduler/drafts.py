@@ -29,10 +29,9 @@ class DraftPolicy:
     num_spec_tokens: int
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self.num_spec_tokens:
-            for request in self.running:
-                if request.spec_token_ids and has_graph(request):
-                    request.spec_token_ids = []
+        for request in self.running if self.num_spec_tokens else ():
+            if request.spec_token_ids and has_graph(request):
+                request.spec_token_ids = []
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduled: Any) -> None:

@@ -104,14 +104,12 @@ class Policy:
 
     def _hold(self) -> None:
         """Find who waits for values. A running one isn't eligible for this step; `schedule` counts it first."""
-        held: dict[str, int] = {}
-        for id in self._bundles.waiting():
-            request = self.requests.get(id)
-            if request is not None and not request.num_preemptions:  # the worker fails an evicted one
-                iteration = _next_iteration(request)
-                if self._bundles.holds(id, iteration):
-                    held[id] = iteration
-                    request.next_decode_eligible_step = self.current_step + 2
+        waiting = {id: self.requests[id] for id in self._bundles.waiting() if id in self.requests}
+        # The worker fails an evicted one.
+        next_ones = {id: _next_iteration(one) for id, one in waiting.items() if not one.num_preemptions}
+        held = {id: iteration for id, iteration in next_ones.items() if self._bundles.holds(id, iteration)}
+        for id in held:
+            waiting[id].next_decode_eligible_step = self.current_step + 2
         self._held, self._doomed = held, self._bundles.hopeless(held) if held else {}
 
     def _handle_blocked_waiting_request(self, request: Any) -> bool:

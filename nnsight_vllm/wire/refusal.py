@@ -19,14 +19,18 @@ KEY = "refusal_file"
 @contextmanager
 def received() -> Iterator[str]:
     """In the front end, around the start: gives the file's name, and raises the refusal in place of vLLM's error."""
-    with tempfile.TemporaryDirectory(prefix="nnsight_vllm-") as folder:
-        file = Path(folder) / "refusal"
-        try:
-            yield str(file)
-        except Exception as error:
-            if file.exists():
-                raise EngineSettingError(file.read_text(encoding="utf-8")) from error
+    with tempfile.TemporaryDirectory(prefix="nnsight_vllm-") as folder, _raised_from(Path(folder) / "refusal") as file:
+        yield str(file)
+
+
+@contextmanager
+def _raised_from(file: Path) -> Iterator[Path]:
+    try:
+        yield file
+    except Exception as error:
+        if not file.exists():
             raise
+        raise EngineSettingError(file.read_text(encoding="utf-8")) from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What a step sends home, on its way from the worker to vLLM's scheduler.
 
-A message is the bytes of a `Delta`, or of a list of them where several programs of a request have something to say. Those of a group are lines of one buffer and travel as that: one tensor a group, whatever
-the number of its requests. The scheduler takes them apart, since vLLM hands on results request by request.
+A message is the bytes of a `Delta`, or of a list of them where several programs of a request have something to say. Those of
+a group are lines of one buffer and travel as that: one tensor a group, whatever the number of its requests. The scheduler
+takes them apart, since vLLM hands on results request by request.
 """
 
 from __future__ import annotations
