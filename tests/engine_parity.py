@@ -20,7 +20,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.calls import Calls
-from nnsight_vllm.worker.model.instrument import Instrumented, instrument
+from nnsight_vllm.worker.model.catalogue import describe
+from nnsight_vllm.worker.model.instrument import instrument
+from nnsight_vllm.worker.model.instrumented import Instrumented
 
 Edit = Callable[[Tensor], Tensor]
 Values = dict[str, Tensor]
@@ -62,7 +64,8 @@ class Engine:
                 worker_cls=f"{_HERE}.Worker",
             )
         self.instrumented: Instrumented = self.owner._INSTRUMENTED.pop()
-        self.catalogue = self.instrumented.probe(lambda: self.generate([1, 2, 3]))
+        self.instrumented.probe(lambda: self.generate([1, 2, 3]))
+        self.catalogue = describe(self.instrumented)
         self.calls = Calls(self.instrumented)
         self.order = [site.name for site in self.catalogue.sites]
 

@@ -32,8 +32,8 @@ from nnsight_vllm.wire.limits import Limits
 from nnsight_vllm.worker.batch.executor import Executor, SiteTable
 from nnsight_vllm.worker.batch.requests import Arrival, Step
 from nnsight_vllm.worker.batch.tensor_store import Store
-from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP, draw_sites
-from nnsight_vllm.worker.model.sites import Direct, Site, Stream, TensorSlice
+from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP, sampling_sites
+from nnsight_vllm.worker.model.sites import Direct, ResidualStream, Site, TensorSlice
 from nnsight_vllm.worker.model.taps import Handler
 
 LAYERS, HIDDEN, VOCAB = 3, 4, 8
@@ -208,5 +208,5 @@ def _sites(dtype: str) -> list[Site]:
         again = SiteInfo(f"{layer}.mlp.again", f"{layer}.mlp.again", "output", 3 * layer + 1, (None, HIDDEN), dtype)
         out = SiteInfo(f"{layer}.out", f"{layer}", "output", 3 * layer + 2, (None, HIDDEN), dtype)
         sites += [Direct(info, 2 * layer, TensorSlice(0)) for info in (mlp, again)]
-        sites.append(Stream(out, 2 * layer + 1, TensorSlice(0), TensorSlice(1)))
-    return sites + draw_sites(3 * LAYERS, VOCAB, dtype)
+        sites.append(ResidualStream(out, 2 * layer + 1, TensorSlice(0), TensorSlice(1)))
+    return sites + sampling_sites(3 * LAYERS, VOCAB, dtype)

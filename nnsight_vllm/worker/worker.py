@@ -20,14 +20,17 @@ from nnsight_vllm.worker.batch.executor import Executor, SiteTable
 from nnsight_vllm.worker.batch.tensor_store import Store
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.calls import Calls
-from nnsight_vllm.worker.model.instrument import Instrumented, instrument
-from nnsight_vllm.worker.model.sampling_sites import draw_sites
-from nnsight_vllm.worker.seam import vllm_seam
+from nnsight_vllm.worker.model.catalogue import describe
+from nnsight_vllm.worker.model.instrument import instrument
+from nnsight_vllm.worker.model.instrumented import Instrumented
+from nnsight_vllm.worker.model.sampling_sites import sampling_sites
+from nnsight_vllm.worker.seam import startup
+from nnsight_vllm.worker.seam.vllm_seam import Seam
 
 if TYPE_CHECKING:
     _Base = Any
 else:
-    _Base = vllm_seam.worker_base()
+    _Base = startup.worker_base()
 
 
 class Worker(_Base):
@@ -35,21 +38,21 @@ class Worker(_Base):
 
     instrumented: Instrumented
     catalogue: Catalogue
-    seam: vllm_seam.Seam
+    seam: Seam
     executor: Executor
 
     def init_device(self) -> None:
-        with refusal.sent(vllm_seam.settings_of(self.vllm_config).get(refusal.KEY)):
-            vllm_seam.require_supported()
+        with refusal.sent(startup.settings_of(self.vllm_config).get(refusal.KEY)):
+            startup.require_supported()
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        settings = vllm_seam.settings_of(self.vllm_config)
+        settings = startup.settings_of(self.vllm_config)
         with refusal.sent(settings.get(refusal.KEY)):
             self.instrumented = instrument(self.model_runner.get_model(), self.vllm_config, settings["sites"])
-        vllm_seam.salt_compile_cache(self.vllm_config, self.instrumented.fingerprint)
-        self.seam = vllm_seam.Seam(vllm_seam.runner_of(self.model_runner, self.vllm_config))
+        startup.salt_compile_cache(self.vllm_config, self.instrumented.fingerprint)
+        self.seam = startup.seam_of(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -91,17 +94,18 @@ class Worker(_Base):
     def _start(self) -> None:
         """Learn the sites from one forward, then be ready for graphs."""
         logits: list[torch.Tensor] = []
-        found = self.instrumented.probe(lambda: logits.append(self.seam.probing_forward()))
-        dtype = str(logits[-1].dtype).removeprefix("torch.")
+        self.instrumented.probe(lambda: logits.append(self.seam.probing_forward()))
+        found = describe(self.instrumented)
+        vocab_size, dtype = logits[-1].shape[-1], str(logits[-1].dtype).removeprefix("torch.")
         order = 1 + max((site.order for site in found.sites), default=-1)
-        draws = draw_sites(order, logits[-1].shape[-1], dtype)
+        sampling = sampling_sites(order, vocab_size, dtype)
         self.catalogue = catalogue = msgspec.structs.replace(
-            found, sites=[*found.sites, *(site.info for site in draws)], vocab_size=logits[-1].shape[-1]
+            found, sites=[*found.sites, *(site.info for site in sampling)], vocab_size=vocab_size
         )
-        ours = vllm_seam.settings_of(self.vllm_config)
+        ours = startup.settings_of(self.vllm_config)
         limits = limits_of(ours.get("limits", {}), is_accelerator=self.device.type != "cpu")
         table = SiteTable(
-            sites={**self.instrumented.sites, **{site.info.name: site for site in draws}},
+            sites=self.instrumented.sites | {site.info.name: site for site in sampling},
             orders={info.name: info.order for info in catalogue.sites},
             calls=Calls(self.instrumented, limits),
             active=taps.ACTIVE,

@@ -7,23 +7,22 @@ argument is cast to the module's own dtype (activations take any): `lm_head(norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nnsight_vllm.errors import RefusedError
 from nnsight_vllm.wire.limits import DEFAULT, Limits
-from nnsight_vllm.worker.layers import views
+from nnsight_vllm.worker.layers import layer_kinds
+from nnsight_vllm.worker.layers.forwards import forward_context
+from nnsight_vllm.worker.layers.functions import Apply, function_of, widths_of
 from nnsight_vllm.worker.model import taps
-from nnsight_vllm.worker.model.modules import Part
-from nnsight_vllm.worker.model.sites import Apply
+from nnsight_vllm.worker.model.instrumented import Instrumented
+from nnsight_vllm.worker.model.modules import HFModule
 from nnsight_vllm.worker.ops.cost import ELEMENT, Cost
 from nnsight_vllm.worker.ops.guard import Guard
 
-if TYPE_CHECKING:
-    from nnsight_vllm.worker.model.instrument import Instrumented
-
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # weights that aren't quantized
 _STATEFUL = "{path} can't be called ad hoc: attention reads the request's cache, which only a step of the engine has"
 _CONTAINER = "{path} can't be called ad hoc: it runs attention, or other modules that do"
 _ABSENT = "{path} can't be called ad hoc: vLLM has no such module on its own"
@@ -67,103 +66,77 @@ class Calls:
             elements = value.numel() * (facts.width_out or 1)
             return Cost(elements * 8, ELEMENT * elements)
         rows, width = value.numel() // max(1, facts.width_in), max(1, facts.width_in)
-        num_weights = sum(weight.numel() for weight in self.model.parts[path].module.parameters())
+        num_weights = sum(weight.numel() for weight in self.model.modules[path].module.parameters())
         return Cost(rows * max(width, num_weights // width) * value.element_size(), 2 * rows * num_weights)
 
     def facts(self, path: str) -> Facts:
         """Whether and how the module at `path` can be called."""
-        part = self.model.parts.get(path)
-        if part is None:
+        hf = self.model.modules.get(path)
+        if hf is None:
             return Facts(_RAW.format(path=path))
-        refusal = self._refusal(part)
-        if refusal:
-            return Facts(refusal)
-        width_in, width_out = self._widths(part)
-        return Facts("", width_in, width_out, self._dtype(part))
+        refusal = self._refusal(hf)
+        return Facts(refusal) if refusal else self._signature(hf)
 
-    def _refusal(self, part: Part) -> str:
-        module = part.module
-        if part.path == "lm_head" or views.is_activation(module):
+    def _refusal(self, hf: HFModule) -> str:
+        if hf.path == "lm_head" or layer_kinds.is_activation(hf.module):
             return ""
-        if not part.path or views.is_attention(module) or part.path in self.model.blocks:
-            return (_STATEFUL if views.is_attention(module) else _CONTAINER).format(path=part.path or "the model")
-        if part.host is None or views.is_experts(module):
-            return _ABSENT.format(path=part.path)
-        host = self.model.model.get_submodule(part.host)
-        if views.is_linear(host) or views.is_norm(host) or views.is_embedding(host):
+        if layer_kinds.is_attention(hf.module):
+            return _STATEFUL.format(path=hf.path)
+        if not hf.path or hf.path in self.model.blocks:
+            return _CONTAINER.format(path=hf.path or "the model")
+        if hf.host is None or layer_kinds.is_experts(hf.module):
+            return _ABSENT.format(path=hf.path)
+        if layer_kinds.is_leaf(self.model.host_of(hf), hf.module):
             return ""
-        inside = [p for p in self.model.parts.values() if p.path.startswith(f"{part.path}.")]
-        feeds_forward = any(views.is_linear(self.model.model.get_submodule(p.host)) for p in inside if p.host)
-        holds_attention = any(views.is_attention(p.module) for p in inside)
-        return "" if feeds_forward and not holds_attention else _CONTAINER.format(path=part.path)
+        inside = [other for path, other in self.model.modules.items() if path.startswith(f"{hf.path}.")]
+        feeds_forward = any(layer_kinds.is_linear(self.model.host_of(other)) for other in inside if other.host)
+        holds_attention = any(layer_kinds.is_attention(other.module) for other in inside)
+        return "" if feeds_forward and not holds_attention else _CONTAINER.format(path=hf.path)
 
-    def _widths(self, part: Part) -> tuple[int | None, int | None]:
-        if part.path == "lm_head":
-            return self.model.head.width, self.model.head.vocabulary
-        if views.is_activation(part.module):
-            return None, None
-        assert part.host is not None
-        host = self.model.model.get_submodule(part.host)
-        if views.is_embedding(host):
-            return None, int(host.embedding_dim)  # type: ignore[arg-type]
-        if views.is_linear(host):
-            width = part.columns[1] - part.columns[0] if part.columns else int(host.output_size)  # type: ignore[arg-type]
-            return int(host.input_size), width  # type: ignore[arg-type]
-        if views.is_norm(host):
-            weight = next(host.parameters(), None)
-            shape: Any = part.module.normalized_shape if weight is None else weight.shape
-            return shape[-1], shape[-1]
-        width = self.model.config.model_config.get_hidden_size()
-        return width, width
-
-    def _dtype(self, part: Part) -> str:
-        if views.is_activation(part.module):
-            return ""
-        if part.path == "lm_head":
-            return str(self.model.config.model_config.dtype).removeprefix("torch.")
-        assert part.host is not None
-        host = self.model.model.get_submodule(part.host)
-        if views.is_embedding(host):
-            return "int64"
+    def _signature(self, hf: HFModule) -> Facts:
+        """Of a module that can be called."""
+        config, head = self.model.config.model_config, self.model.head
+        if hf.path == "lm_head":
+            return Facts("", head.width, head.vocabulary, str(config.dtype).removeprefix("torch."))
+        if layer_kinds.is_activation(hf.module):
+            return Facts()
+        host, hidden = self.model.host_of(hf), config.get_hidden_size()
+        width_in, width_out = widths_of(host, hf.module) or (hidden, hidden)
+        width_out = width_out if hf.columns is None else hf.columns[1] - hf.columns[0]
         weight = next(host.parameters(), None)
-        floating = weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        dtype = weight.dtype if weight is not None and floating else self.model.config.model_config.dtype
-        return str(dtype).removeprefix("torch.")
+        dtype = weight.dtype if weight is not None and weight.dtype in _PLAIN else config.dtype
+        dtype = torch.int64 if layer_kinds.is_embedding(host) else dtype
+        return Facts("", width_in, width_out, str(dtype).removeprefix("torch."))
 
     def _run(self, path: str, value: Tensor, facts: Facts) -> Tensor:
-        part = self.model.parts[path]
-        apply = self._apply(part)
+        hf = self.model.modules[path]
+        apply = self._apply(hf)
         if facts.width_in is None:
-            return self._scale(part, apply(value))
+            return self._scale(hf, apply(value))
         leading = value.shape[:-1]
         if value.shape[-1] != facts.width_in:
             raise RefusedError(f"{path} takes [..., {facts.width_in}], not {list(value.shape)}")
         result = apply(value.reshape(-1, facts.width_in))
         return result.reshape(*leading, result.shape[-1])
 
-    def _apply(self, part: Part) -> Apply:
-        if part.path == "lm_head":
+    def _apply(self, hf: HFModule) -> Apply:
+        if hf.path == "lm_head":
             return self.model.head.apply
-        if views.is_activation(part.module):
-            return views.activation_of(part.module)
-        assert part.host is not None
-        host = self.model.model.get_submodule(part.host)
-        if any(part.module.children()):
-            return self._block_of(host)
-        return views.columns_of(host, part.columns)
+        if layer_kinds.is_activation(hf.module):
+            return hf.module
+        host = self.model.host_of(hf)
+        return self._block_of(host) if any(hf.module.children()) else function_of(host, hf.columns)
 
     def _block_of(self, host: nn.Module) -> Apply:
         """An MLP or a mixture: vLLM's own forward, with a forward's context around it."""
 
         def apply(value: Tensor) -> Tensor:
-            with views.forward_context(self.model.config, value.shape[0]):
-                result = views.first_tensor(host.forward(value))
-            assert result is not None
-            return result
+            with forward_context(self.model.config, value.shape[0]):
+                return function_of(host)(value)
 
         return apply
 
-    def _scale(self, part: Part, value: Tensor) -> Tensor:
+    def _scale(self, hf: HFModule, value: Tensor) -> Tensor:
         """Gemma's embedding scales inside in Hugging Face's model and outside in vLLM's."""
-        scale = getattr(part.module, "scalar_embed_scale", None)
+        scale = getattr(hf.module, "scalar_embed_scale", None)
         return value if scale is None else value * torch.tensor(scale, dtype=value.dtype, device=value.device)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo
-from nnsight_vllm.worker.layers import views
+from nnsight_vllm.worker.layers.layer_kinds import is_experts
 from nnsight_vllm.worker.model.calls import Calls
-from nnsight_vllm.worker.model.modules import Part
-
-if TYPE_CHECKING:
-    from nnsight_vllm.worker.model.instrument import Instrumented
+from nnsight_vllm.worker.model.instrumented import Instrumented
+from nnsight_vllm.worker.model.modules import HFModule
 
 _PORTS = ("input", "output")
 _ROTARY = (
@@ -46,29 +42,24 @@ def describe(model: Instrumented) -> Catalogue:
 
 def _tree_order(model: Instrumented) -> list[str]:
     """Hugging Face's order, vLLM's own modules after their Hugging Face siblings."""
+    children: dict[str, list[str]] = {}
+    for path in filter(None, [*model.modules, *model.raw]):
+        children.setdefault(path.rpartition(".")[0], []).append(path)
     order: list[str] = []
-    raw: dict[str, list[str]] = {}
-    for path in model.raw:
-        raw.setdefault(path.rpartition(".")[0], []).append(path)
 
     def visit(path: str) -> None:
         order.append(path)
-        for child in below.get(path, []):
+        for child in children.get(path, []):
             visit(child)
-        order.extend(raw.get(path, []))
 
-    below: dict[str, list[str]] = {}
-    for path in model.parts:
-        if path:
-            below.setdefault(path.rpartition(".")[0], []).append(path)
     visit("")
     return order
 
 
 def _module(model: Instrumented, calls: Calls, path: str) -> ModuleInfo:
-    part = model.parts.get(path)
-    module = part.module if part is not None else model.model.get_submodule(model.raw[path])
-    refusals = {port: _refusal(model, path, part, port) for port in _PORTS if f"{path}.{port}" not in model.sites}
+    hf = model.modules.get(path)
+    module = hf.module if hf is not None else model.model.get_submodule(model.raw[path])
+    refusals = {port: _refusal(model, path, hf, port) for port in _PORTS if f"{path}.{port}" not in model.sites}
     facts = calls.facts(path)
     return ModuleInfo(
         path=path,
@@ -82,23 +73,23 @@ def _module(model: Instrumented, calls: Calls, path: str) -> ModuleInfo:
     )
 
 
-def _refusal(model: Instrumented, path: str, part: Part | None, port: str) -> str:
+def _refusal(model: Instrumented, path: str, hf: HFModule | None, port: str) -> str:
     """Why there is no such site."""
     if f"{path}.{port}" in model.refusals:
         return model.refusals[f"{path}.{port}"]
     if not path:
         return _ROOT[port]
-    if part is None:
+    if hf is None:
         return _RAW
-    if isinstance(part.module, nn.ModuleList):
+    if isinstance(hf.module, nn.ModuleList):
         return _LIST
-    if isinstance(part.module, nn.Dropout):
+    if isinstance(hf.module, nn.Dropout):
         return _DROPOUT
-    if "Rotary" in type(part.module).__name__:
+    if "Rotary" in type(hf.module).__name__:
         return _ROTARY
-    if (views.is_experts(part.module) and port == "input") or _is_in_experts(model, path):
+    if (is_experts(hf.module) and port == "input") or _is_in_experts(model, path):
         return _EXPERT
-    if part.host is None:
+    if hf.host is None:
         return _ABSENT
     if port == "input" and any(block.startswith(f"{path}.") for block in model.blocks):
         return _BASE_INPUT
@@ -109,4 +100,4 @@ def _refusal(model: Instrumented, path: str, part: Part | None, port: str) -> st
 
 def _is_in_experts(model: Instrumented, path: str) -> bool:
     parent = path.rpartition(".")[0]
-    return parent in model.parts and views.is_experts(model.parts[parent].module)
+    return parent in model.modules and is_experts(model.modules[parent].module)

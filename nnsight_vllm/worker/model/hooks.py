@@ -1,4 +1,4 @@
-"""Install taps as forward hooks, which Dynamo traces into the compiled graph, and around the output head."""
+"""Install taps as forward hooks, which Dynamo traces into the compiled graph."""
 
 from __future__ import annotations
 
@@ -53,24 +53,15 @@ def install(model: nn.Module, placed: list[Tap]) -> None:
         host = model.get_submodule(tap.host)
         if tap.before:
             host.register_forward_pre_hook(_before(tap), with_kwargs=True)
-        else:
-            cells: list[Cell] = [[] for _ in tap.kept]
-            for kept, cell in zip(tap.kept, cells, strict=True):
-                model.get_submodule(kept.host).register_forward_hook(_keep(kept.source, cell), with_kwargs=True)
-            host.register_forward_hook(_after(tap, cells), with_kwargs=True)
+            continue
+        cells = [_install_keeping(model, kept) for kept in tap.kept]
+        host.register_forward_hook(_after(tap, cells), with_kwargs=True)
 
 
-def wrap_head(processor: nn.Module, number: int) -> None:
-    """Fire tap `number` with the head's input and output, on every computation of logits."""
-    inner = processor._get_logits
-
-    def get_logits(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        logits: Tensor | None = inner(hidden, *args, **kwargs)  # type: ignore[operator]
-        if logits is not None:
-            taps.fire(number, (hidden, logits))
-        return logits
-
-    processor._get_logits = get_logits  # type: ignore[assignment]
+def _install_keeping(model: nn.Module, kept: Kept) -> Cell:
+    cell: Cell = []
+    model.get_submodule(kept.host).register_forward_hook(_keep(kept.source, cell), with_kwargs=True)
+    return cell
 
 
 def _before(tap: Tap) -> Callable[..., Any]:

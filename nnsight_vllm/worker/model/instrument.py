@@ -9,21 +9,26 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
-import msgspec
 import torch
-from torch import Tensor, nn
-from vllm.config import VllmConfig
+from torch import nn
 
 from nnsight_vllm.errors import EngineSettingError
-from nnsight_vllm.graph.catalogue import Catalogue, SiteInfo
-from nnsight_vllm.worker.layers import views
+from nnsight_vllm.graph.catalogue import SiteInfo
+from nnsight_vllm.worker.layers.forwards import (
+    Config,
+    build_context,
+    eager_forward,
+    forward_context,
+    run_activations_plainly,
+)
+from nnsight_vllm.worker.layers.head import Head, find_head
+from nnsight_vllm.worker.layers.layer_kinds import first_tensor
 from nnsight_vllm.worker.model import modules, taps
-from nnsight_vllm.worker.model.catalogue import describe
-from nnsight_vllm.worker.model.hooks import install, wrap_head
-from nnsight_vllm.worker.model.modules import Part
+from nnsight_vllm.worker.model.hooks import install
+from nnsight_vllm.worker.model.instrumented import Instrumented, Selection
 from nnsight_vllm.worker.model.placement import Placement
 from nnsight_vllm.worker.model.sites import Argument, Direct, Site, TensorSlice
 from nnsight_vllm.worker.model.survey import survey
@@ -31,36 +36,14 @@ from nnsight_vllm.worker.model.survey import survey
 SURVEY_ROWS = 7
 """Rows of the surveying forward: few, and no usual size of another dimension."""
 
-Selection = str | list[str]
-
 VERIFIED = frozenset(
     [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "opt",
-        "phi3",
-        "olmo2",
-        "mixtral",
-        "qwen3_moe",
-        "granite",
-        "starcoder2",
-        "stablelm",
-        "falcon",
-        "cohere",
-        "nemotron",
-        "phi",
-        "gptj",
-        "olmo",
-        "smollm3",
-        "glm4",
+        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2"),
+        *("opt", "phi3", "olmo2", "mixtral", "qwen3_moe", "granite"),
+        *("starcoder2", "stablelm", "falcon", "cohere", "nemotron", "phi", "gptj", "olmo", "smollm3", "glm4"),
     ]
 )
-"""Model types whose every site was compared with transformers, reads, edits and calls. Tests do it for the first line."""
+"""Model types whose every site was compared with transformers, reads, edits and calls. Tests do it for the first two lines."""
 
 DIFFERENT = {
     "bloom": "vLLM puts the rows of its query_key_value in another order than Hugging Face",
@@ -70,91 +53,40 @@ DIFFERENT = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Instrumented:
-    """A model with taps. `logits_taps` fire outside the model's forward, on rows that get logits."""
-
-    model: nn.Module
-    config: VllmConfig
-    selection: Selection
-    parts: dict[str, Part]
-    raw: dict[str, str]
-    blocks: list[str]
-    sites: dict[str, Site]
-    refusals: dict[str, str]
-    selected: Callable[[str], bool]
-    num_taps: int
-    logits_taps: frozenset[int]
-    head: views.Head
-    fingerprint: str
-
-    def probe(self, run: Callable[[], None]) -> Catalogue:
-        """The catalogue, from one real forward: `run` does it. Sites whose tap stays silent are dropped and refused."""
-        seen: dict[str, Tensor] = {}
-        by_tap: dict[int, list[Site]] = {}
-        for site in self.sites.values():
-            by_tap.setdefault(site.tap, []).append(site)
-        taps.ACTIVE.update({tap: _recorder(served, seen) for tap, served in by_tap.items()})
-        try:
-            run()
-        finally:
-            for tap in by_tap:
-                taps.ACTIVE.pop(tap, None)
-        failures = taps.take_failures()
-        if failures:
-            raise failures[0]
-        self._settle(seen)
-        return describe(self)
-
-    def _settle(self, seen: dict[str, Tensor]) -> None:
-        orders = [self.sites[name].info.order for name in seen]
-        assert orders == sorted(orders), "taps fired in another order than their sites have"
-        for name, site in list(self.sites.items()):
-            if name in seen:
-                value = seen[name]
-                site.info = msgspec.structs.replace(
-                    site.info, shape=(None, *value.shape[1:]), dtype=str(value.dtype).removeprefix("torch.")
-                )
-            elif site.tap not in self.logits_taps:
-                del self.sites[name]
-                self.refusals[name] = f"{site.info.path} didn't run in the engine's probing forward"
-
-
-def instrument(model: nn.Module, config: VllmConfig, selection: Selection = "all") -> Instrumented:
+def instrument(model: nn.Module, config: Config, selection: Selection = "all") -> Instrumented:
     """Survey the model, decide the taps, install them."""
     _require_known(config.model_config.hf_config.model_type)
-    with views.build_context(config), views.forward_context(config, SURVEY_ROWS), torch.inference_mode():
+    with build_context(config), forward_context(config, SURVEY_ROWS), torch.inference_mode():
         tree = modules.huggingface_tree(config.model_config.hf_config)
         reference = modules.firing_order(tree, SURVEY_ROWS)
     modules.unshare(model)
-    for activation in views.modules_to_run_plainly(model):
-        views.run_plainly(activation)
-    watched = survey(model, lambda: views.eager_forward(model, config, SURVEY_ROWS), SURVEY_ROWS)
-    parts = modules.match(tree, model)
-    raw = modules.raw_modules(parts, model)
+    run_activations_plainly(model)
+    watched = survey(model, lambda: eager_forward(model, config, SURVEY_ROWS), SURVEY_ROWS)
+    matched = modules.match(tree, model)
+    raw = modules.raw_modules(matched, model)
     blocks = modules.blocks(tree)
-    selected = _selector(selection, [*parts, *raw], blocks)
-    hidden = views.first_tensor(watched.output)
+    selected = _selector(selection, [*matched, *raw], blocks)
+    hidden = first_tensor(watched.output)
     assert hidden is not None
-    head = views.find_head(model, hidden)
-    placement = Placement(parts, raw, blocks, model, watched, reference, selected)
+    head = find_head(model, hidden)
+    placement = Placement(matched, raw, blocks, model, watched, reference, selected)
     placement.walk()
     install(model, placement.taps)
     sites = list(placement.sites)
     if selected("lm_head"):
-        sites += _head_sites(head, placement.numbers, len(sites))
+        sites += _head_sites(head, placement.next_tap, len(sites))
     return Instrumented(
         model=model,
         config=config,
         selection=selection,
-        parts=parts,
+        modules=matched,
         raw=raw,
         blocks=blocks,
         sites={site.info.name: site for site in sites},
         refusals=placement.refusals,
         selected=selected,
         num_taps=len(placement.taps),
-        logits_taps=frozenset({placement.numbers}),
+        logits_taps=frozenset({placement.next_tap}),
         head=head,
         fingerprint=_fingerprint(placement, sites),
     )
@@ -190,9 +122,9 @@ def _stems(paths: list[str], blocks: list[str]) -> list[str]:
     return [path for path in paths if path and (path.rpartition(".")[0] == home or f"{home}.".startswith(f"{path}."))]
 
 
-def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:
+def _head_sites(head: Head, tap: int, order: int) -> list[Site]:
     """`lm_head`'s input and output, on a tap outside the compiled graph."""
-    wrap_head(head.processor, tap)
+    head.tap(partial(taps.fire, tap))
     dtype = str(head.dtype).removeprefix("torch.")
     given, logits = TensorSlice(0), TensorSlice(1)
     before = SiteInfo("lm_head.input", "lm_head", "input", order, (None, head.width), dtype)
@@ -200,15 +132,7 @@ def _head_sites(head: views.Head, tap: int, order: int) -> list[Site]:
     return [Argument(before, tap, given, logits, head.apply), Direct(after, tap, logits)]
 
 
-def _recorder(served: list[Site], seen: dict[str, Tensor]) -> taps.Handler:
-    def record(tensors: taps.Tensors) -> None:
-        for site in served:
-            seen.setdefault(site.info.name, site.read(tensors, slice(0, 1)))
-
-    return record
-
-
 def _fingerprint(placement: Placement, sites: list[Site]) -> str:
-    text = repr([tap for tap in placement.taps])
+    text = repr(placement.taps)
     text += repr([(site.info.name, site.tap) for site in sites])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,14 +1,14 @@
 """Hugging Face's module tree, and where each of its modules lives in vLLM's model.
 
 The tree is transformers' own, built on the meta device from the checkpoint's configuration: names, classes and what
-they print come from there. A module is found in vLLM's model under the same path, under another name (`ALIASES`), or
-as some columns of a fused linear (`packed_modules_mapping`).
+they print come from there.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,12 @@ import torch
 from torch import nn
 
 from nnsight_vllm.errors import EngineSettingError
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "mlp": ("block_sparse_moe",),
-    "activation_fn": ("act_fn",),
-}
-"""Name of a Hugging Face module -> names that vLLM's models give it where they differ."""
-
-_PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+from nnsight_vllm.worker.layers.functions import Columns
+from nnsight_vllm.worker.layers.hosts import Hosts, join
 
 
 @dataclass(frozen=True)
-class Part:
+class HFModule:
     """One module of Hugging Face's tree and its place in vLLM's model.
 
     `host` is the vLLM path of the module that computes it, None where there is none. `columns` are its share of the
@@ -37,7 +31,7 @@ class Part:
     path: str
     module: nn.Module
     host: str | None
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
 
 
 def huggingface_tree(config: Any) -> nn.Module:
@@ -54,31 +48,32 @@ def huggingface_tree(config: Any) -> nn.Module:
     return tree.eval()
 
 
-def match(tree: nn.Module, model: nn.Module) -> dict[str, Part]:
-    """Hugging Face path -> its part, parents first."""
-    hosts = dict(model.named_modules(remove_duplicate=False))
-    packed: dict[str, list[str]] = {**_PACKED, **getattr(model, "packed_modules_mapping", {})}
-    parts: dict[str, Part] = {}
+def match(tree: nn.Module, model: nn.Module) -> dict[str, HFModule]:
+    """Hugging Face path -> its module there and its host, parents first."""
+    hosts = Hosts(model)
+    found = {"": HFModule("", tree, "")}
     for path, module in tree.named_modules():
-        parts[path] = _find(path, module, parts, hosts, packed)
-    return parts
+        if path:
+            parent, _, name = path.rpartition(".")
+            found[path] = HFModule(path, module, *hosts.find(found[parent].host, name))
+    return found
 
 
-def raw_modules(parts: dict[str, Part], model: nn.Module) -> dict[str, str]:
+def raw_modules(modules: dict[str, HFModule], model: nn.Module) -> dict[str, str]:
     """vLLM's own modules beside Hugging Face's: the path that users write -> vLLM's path.
 
     Only children of modules that both have, and only under names that Hugging Face doesn't use there.
     """
-    hosted = {part.host for part in parts.values() if part.columns is None}
-    found = {}
-    for path, part in parts.items():
-        if part.host is None or part.columns is not None:
-            continue
-        for name, _ in model.get_submodule(part.host).named_children():
-            host, alias = _join(part.host, name), _join(path, name)
-            if host not in hosted and alias not in parts:
-                found[alias] = host
-    return found
+    hosted = {hf.host for hf in modules.values() if hf.columns is None}
+    children = (pair for hf in modules.values() for pair in _children_of_host(hf, model))
+    return {path: host for path, host in children if host not in hosted and path not in modules}
+
+
+def _children_of_host(hf: HFModule, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Below its Hugging Face path, and below its host."""
+    if hf.host is not None and hf.columns is None:
+        for name, _ in model.get_submodule(hf.host).named_children():
+            yield join(hf.path, name), join(hf.host, name)
 
 
 def firing_order(tree: nn.Module, num_tokens: int) -> list[str]:
@@ -136,29 +131,3 @@ def _twin(module: nn.Module) -> nn.Module:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             setattr(twin, name, copy.copy(value))
     return twin
-
-
-def _find(path: str, module: nn.Module, parts: dict[str, Part], hosts: dict[str, nn.Module], packed: Any) -> Part:
-    parent, _, name = path.rpartition(".")
-    if not path:
-        return Part(path, module, "")
-    above = parts[parent].host
-    if above is None:
-        return Part(path, module, None)
-    for candidate in (name, *ALIASES.get(name, ())):
-        if _join(above, candidate) in hosts:
-            return Part(path, module, _join(above, candidate))
-    for fused, names in packed.items():
-        host = hosts.get(_join(above, fused))
-        if name in names and host is not None:
-            return Part(path, module, _join(above, fused), _columns(host, names.index(name)))
-    return Part(path, module, None)
-
-
-def _columns(fused: nn.Module, index: int) -> tuple[int, int]:
-    sizes = [size // getattr(fused, "tp_size", 1) for size in fused.output_sizes]  # type: ignore[union-attr]
-    return sum(sizes[:index]), sum(sizes[: index + 1])
-
-
-def _join(parent: str, name: str) -> str:
-    return f"{parent}.{name}" if parent else name

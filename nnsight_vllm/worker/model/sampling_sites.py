@@ -20,16 +20,13 @@ SAMPLES_TAP = -2
 
 
 @dataclass
-class Samples:
+class Samples(Site):
     """The drawn ids: a tap's one tensor is [requests, most tokens of one]. The engine goes on from what is written.
 
     A request with a graph has one token, the first.
     """
 
-    info: SiteInfo
     vocab_size: int
-    tap: int = SAMPLES_TAP
-    compares: bool = True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         # A copy, whatever type and layout the runner has: V1 has int32, V2 and speculative decoding int64.
@@ -42,12 +39,9 @@ class Samples:
             raise InterventionError(f"token {token} isn't in the vocabulary of {self.vocab_size} tokens")
         tensors[0][rows, 0] = new.to(tensors[0].dtype)
 
-    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
-        return None
 
-
-def draw_sites(first_order: int, vocab_size: int, logits_dtype: str) -> list[Site]:
+def sampling_sites(first_order: int, vocab_size: int, logits_dtype: str) -> list[Site]:
     """Logits and samples, firing after every module's sites."""
     logits = SiteInfo("logits.output", "logits", "output", first_order, (1, vocab_size), logits_dtype)
     samples = SiteInfo("samples.output", "samples", "output", first_order + 1, (1,), "int64")
-    return [Direct(logits, LOGITS_TAP, TensorSlice(0)), Samples(samples, vocab_size)]
+    return [Direct(logits, LOGITS_TAP, TensorSlice(0)), Samples(samples, SAMPLES_TAP, vocab_size)]

@@ -7,20 +7,17 @@ where it differs from `old` and leaves every other element, and every other requ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nnsight_vllm.graph.catalogue import SiteInfo
+from nnsight_vllm.worker.layers.functions import Apply, Columns
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.taps import Tensors
-
-Apply = Callable[[Tensor], Tensor]
-"""A module as a function of its one input, [n, ...] -> [n, ...]; never changes its argument."""
-
 
 _BITS = {
     torch.bfloat16: torch.int16,
@@ -30,29 +27,31 @@ _BITS = {
 }
 
 
-class Refresh(Protocol):
-    """Recompute what the tap's own tensors derive from a changed value; `changed` are row numbers."""
-
-    def __call__(self, tensors: Tensors, rows: slice, changed: Tensor) -> None: ...
+Recompute = Callable[[Tensors, slice, Tensor], None]
+"""Recompute what a tap's tensors derive from a changed value: for these rows, and of them those numbers that changed."""
 
 
-class Site(Protocol):
-    """One place where a graph can touch the model. `tap` is the tap it lives on.
-
-    Unless it `compares`, a write takes `new` as it is and doesn't look at `old`, and a read gives what was written last.
-    """
+@dataclass
+class Site(ABC):
+    """One place where a graph can touch the model. `tap` is the tap it lives on."""
 
     info: SiteInfo
     tap: int
 
     @property
-    def compares(self) -> bool: ...
+    def compares(self) -> bool:
+        """Whether a write looks at `old`. Else it takes `new` as it is, and a read gives what was written last."""
+        return True
 
+    @abstractmethod
     def read(self, tensors: Tensors, rows: slice) -> Tensor: ...
 
+    @abstractmethod
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None: ...
 
-    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None: ...
+    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
+        """The rows to which what is added shows in the value, without a write."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class TensorSlice:
 
     index: int
     batched: bool = False
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
     heads: tuple[int, int] | None = None
 
     def live(self, tensors: Tensors, rows: slice) -> Tensor:
@@ -74,7 +73,7 @@ class TensorSlice:
         part = part if self.columns is None else part[..., self.columns[0] : self.columns[1]]
         return part if self.heads is None else part.unflatten(-1, self.heads)
 
-    def part(self, columns: tuple[int, int] | None) -> TensorSlice:
+    def part(self, columns: Columns | None) -> TensorSlice:
         """The same rows, narrowed to `columns`."""
         return replace(self, columns=columns)
 
@@ -84,46 +83,35 @@ class TensorSlice:
 
 
 @dataclass
-class Direct:
-    """The value lies in a tensor as it is. `refresh` recomputes what the same tap already derived from it."""
+class Direct(Site):
+    """The value lies in a tensor as it is. `recompute`: what the same tap already derived from it."""
 
-    info: SiteInfo
-    tap: int
-    slot: TensorSlice
-    refresh: Refresh | None = None
+    value: TensorSlice
+    recompute: Recompute | None = None
 
     @property
     def compares(self) -> bool:
-        return self.refresh is not None
+        return self.recompute is not None
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
-        return _copy(self.slot.live(tensors, rows))
+        return _copy(self.value.live(tensors, rows))
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
-        self.slot.live(tensors, rows).copy_(new)  # what didn't change has the bits that were read here
-        if self.refresh is not None:
-            self.refresh(tensors, rows, _changed_rows(_differs(new, old)))
-
-    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
-        return None
+        self.value.live(tensors, rows).copy_(new)  # what didn't change has the bits that were read here
+        if self.recompute is not None:
+            self.recompute(tensors, rows, _changed_rows(_differs(new, old)))
 
 
 @dataclass
-class Stream:
+class ResidualStream(Site):
     """The residual stream where the engine keeps it as two tensors: `hidden + residual`.
 
     Writing sets the residual to the new value and the hidden part to zero, element by element and only where the
     value changed: the next norm adds the two before it rounds, so even an identity write of all rows would differ.
     """
 
-    info: SiteInfo
-    tap: int
     hidden: TensorSlice
     residual: TensorSlice
-
-    @property
-    def compares(self) -> bool:
-        return True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return self.hidden.live(tensors, rows) + self.residual.live(tensors, rows)
@@ -139,26 +127,20 @@ class Stream:
 
 
 @dataclass
-class Argument:
+class Argument(Site):
     """A module's input, served after the module ran: a write recomputes the module's output from the new input.
 
     So nothing else that reads the same tensor (a residual, a sibling of a fused linear) sees the change. Only rows
     that changed are recomputed.
     """
 
-    info: SiteInfo
-    tap: int
-    slot: TensorSlice
+    given: TensorSlice
     output: TensorSlice
     apply: Apply
-    refresh: Refresh | None = None
-
-    @property
-    def compares(self) -> bool:
-        return True
+    recompute: Recompute | None = None
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
-        value = _copy(self.slot.live(tensors, rows))
+        value = _copy(self.given.live(tensors, rows))
         return value if value.is_floating_point() else value.long()
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
@@ -167,11 +149,8 @@ class Argument:
             return
         live = self.output.live(tensors, rows)
         live[changed] = self.apply(new[changed]).to(live.dtype)
-        if self.refresh is not None:
-            self.refresh(tensors, rows, changed)
-
-    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
-        return None
+        if self.recompute is not None:
+            self.recompute(tensors, rows, changed)
 
 
 @dataclass(frozen=True)
@@ -187,49 +166,40 @@ class Gate:
     def activated(self, tensors: Tensors, rows: slice) -> Tensor:
         """What the activation gave, or what a graph put in its place: [n, intermediate]."""
         value = self.activation(self.gate.live(tensors, rows))
-        held = taps.SCRATCH.get(self.name)
-        return value if held is None else torch.where(held.mask[rows], held.values[rows], value)
+        known = taps.SCRATCH.get(self.name)
+        return value if known is None else torch.where(known.mask[rows], known.values[rows], value)
 
-    def hold(self, tensors: Tensors, rows: slice, value: Tensor, differs: Tensor) -> None:
+    def stand_in(self, tensors: Tensors, rows: slice, value: Tensor, differs: Tensor) -> None:
         """Let `value` stand for the activation's output where it `differs`, while this tap fires."""
-        held = taps.SCRATCH.get(self.name)
-        if held is None:
+        known = taps.SCRATCH.get(self.name)
+        if known is None:
             everything = self.gate.live(tensors, slice(None))
             mask = torch.zeros(everything.shape, dtype=torch.bool, device=value.device)
-            held = taps.SCRATCH[self.name] = taps.HeldTensors(torch.empty_like(mask, dtype=value.dtype), mask)
-        held.values[rows] = torch.where(differs, value, held.values[rows])
-        held.mask[rows] |= differs
+            known = taps.SCRATCH[self.name] = taps.StandIn(torch.empty_like(mask, dtype=value.dtype), mask)
+        known.values[rows] = torch.where(differs, value, known.values[rows])
+        known.mask[rows] |= differs
 
-    def refresh(self, tensors: Tensors, rows: slice, changed: Tensor) -> None:
+    def recompute(self, tensors: Tensors, rows: slice, changed: Tensor) -> None:
         if changed.numel():
             product = self.activated(tensors, rows) * self.up.live(tensors, rows)
             self.product.live(tensors, rows)[changed] = product[changed]
 
 
 @dataclass
-class Activation:
+class Activation(Site):
     """The output of Hugging Face's activation in a gated MLP: `activation(gate)`, without `up`."""
 
-    info: SiteInfo
-    tap: int
     gate: Gate
-
-    @property
-    def compares(self) -> bool:
-        return True
 
     def read(self, tensors: Tensors, rows: slice) -> Tensor:
         return _copy(self.gate.activated(tensors, rows))
 
     def write(self, tensors: Tensors, rows: slice, old: Tensor, new: Tensor) -> None:
         differs = _differs(new, old)
-        self.gate.hold(tensors, rows, new, differs)
+        self.gate.stand_in(tensors, rows, new, differs)
         product = self.gate.product.live(tensors, rows)
         up = self.gate.up.live(tensors, rows)
         product.copy_(torch.where(differs, new.to(up.dtype) * up, product))
-
-    def addend(self, tensors: Tensors, rows: slice) -> Tensor | None:
-        return None
 
 
 def _copy(value: Tensor) -> Tensor:

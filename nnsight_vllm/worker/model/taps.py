@@ -27,14 +27,14 @@ ACTIVE: dict[int, Handler] = {}
 
 
 @dataclass
-class HeldTensors:
+class StandIn:
     """Values [rows, ...] that stand for what the engine never stores, where `mask` says so."""
 
     values: Tensor
     mask: Tensor
 
 
-SCRATCH: dict[str, HeldTensors] = {}
+SCRATCH: dict[str, StandIn] = {}
 """What lives only while one tap fires, by name."""
 
 _failures: list[Exception] = []

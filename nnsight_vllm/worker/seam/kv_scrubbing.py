@@ -19,25 +19,20 @@ class KVScrubber:
     def __init__(self) -> None:
         self._used: set[int] = set()
 
-    def step(self, fresh: Iterable[tuple[str, list[int]]], with_graphs: Collection[str]) -> list[int]:
+    def stale(self, fresh: Iterable[tuple[str, list[int]]], with_graphs: Collection[str]) -> list[int]:
         """The blocks to clear before this step. `fresh`: what requests are given in it, blocks with valid contents left out."""
-        stale: set[int] = set()
-        taken: set[int] = set()
-        for request_id, blocks in fresh:
-            stale.update(self._used.intersection(blocks))
-            if request_id in with_graphs:
-                taken.update(blocks)
+        given = list(fresh)
+        stale = self._used.intersection(block for _, blocks in given for block in blocks)
+        taken = {block for request_id, blocks in given if request_id in with_graphs for block in blocks}
         self._used = (self._used - stale) | taken
         return sorted(stale)
 
 
 def clear_blocks(caches: Iterable[Tensor], blocks: list[int], num_blocks: int) -> None:
     """Zero these blocks in every layer's cache, [kernel blocks, ...]; a block may be several kernel blocks in a row."""
-    seen: set[int] = set()
-    for cache in caches:
-        if cache.data_ptr() not in seen:  # layers of different kinds may share memory
-            seen.add(cache.data_ptr())
-            pieces = cache.shape[0] // num_blocks
-            first = torch.tensor(blocks, device=cache.device) * pieces
-            for piece in range(pieces):
-                cache.index_fill_(0, first + piece, 0)
+    # Layers of different kinds may share memory: the first of those.
+    for cache in {cache.data_ptr(): cache for cache in reversed([*caches])}.values():
+        num_kernel_blocks = cache.shape[0] // num_blocks
+        first = torch.tensor(blocks, device=cache.device) * num_kernel_blocks
+        for offset in range(num_kernel_blocks):
+            cache.index_fill_(0, first + offset, 0)

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from nnsight_vllm.wire.step_output import Ints
-from nnsight_vllm.worker.seam.undrawn import undrawn
-from nnsight_vllm.worker.seam.vllm_seam import Batch, Seam, wrap
+from nnsight_vllm.worker.seam.runner import Batch, Steps, forgo_captured, wrap
+from nnsight_vllm.worker.seam.seeded_chunks import chunks_draw_nothing
 
 
 class RunnerV1:
@@ -19,24 +19,19 @@ class RunnerV1:
     def __init__(self, raw: Any) -> None:
         self.raw = raw
 
-    def attach(self, seam: Seam) -> None:
-        def choose_cuda_graph(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if seam.has_graphs:
-                kwargs["force_eager"] = True
-            return choose(*args, **kwargs)
-
+    def attach(self, steps: Steps) -> None:
         def model_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if seam.has_graphs:
-                seam.begin(self._batch(seam.drafts))
+            if steps.has_graphs:
+                steps.begin(self._batch(steps.drafts))
             return forward(*args, **kwargs)
 
-        wrap(self.raw, "_determine_batch_execution_and_padding", choose_cuda_graph)
+        forgo_captured(self.raw, "_determine_batch_execution_and_padding", steps, "force_eager")
         wrap(self.raw, "_model_forward", model_forward)
-        wrap(self.raw, "_sample", seam.sample)
+        wrap(self.raw, "_sample", steps.sample)
         wrap(self.raw, "sample_tokens", self._sample_tokens)
 
     def _sample_tokens(self, sample_tokens: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with undrawn(self.raw):
+        with chunks_draw_nothing(self.raw):
             return sample_tokens(*args, **kwargs)
 
     def known_requests(self) -> Collection[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nnsight_vllm.worker.seam.vllm_seam import Batch, Seam, wrap
+from nnsight_vllm.worker.seam.runner import Batch, Steps, forgo_captured, wrap
 
 
 class RunnerV2:
@@ -22,24 +22,20 @@ class RunnerV2:
         self.raw = raw
         self._batch: Any = None  # vLLM's, of the last step with graphs
 
-    def attach(self, seam: Seam) -> None:
+    def attach(self, steps: Steps) -> None:
         from vllm.v1.worker.gpu import model_runner
-
-        def dispatch(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if seam.has_graphs:
-                kwargs["need_eager"] = True
-            return choose(*args, **kwargs)
 
         def prepare_inputs(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             batch = prepare(*args, **kwargs)
-            if seam.has_graphs:
+            if steps.has_graphs:
                 self._batch = batch
-                seam.begin(_batch(batch))
+                steps.begin(_batch(batch))
             return batch
 
-        wrap(model_runner, "dispatch_cg_and_sync_dp", dispatch)  # a function of its module: for the whole process
+        # A function of its module: for the whole process.
+        forgo_captured(model_runner, "dispatch_cg_and_sync_dp", steps, "need_eager")
         wrap(self.raw, "prepare_inputs", prepare_inputs)
-        wrap(self.raw, "sample", seam.sample)
+        wrap(self.raw, "sample", steps.sample)
 
     def known_requests(self) -> Collection[str]:
         return self.raw.req_states.req_id_to_index.keys()  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Every private name of vLLM that the engine side touches. Written for vLLM 0.32.
+"""The seam to vLLM 0.32: this folder has every private name of its model runners.
 
 `Seam` wraps methods of one runner and of its model (of the instances, never the classes), and turns what they see into the
 executor's calls. A step without requests that carry graphs goes straight through. What differs between vLLM's two model
-runners is behind `Runner`: `compat_v1.py` and `compat_v2.py`.
+runners is behind `Runner`: `runner_v1.py` and `runner_v2.py`.
 
 CUDA graphs: a step with graphs forgoes captured graphs, since a replay runs no Python, and keeps the compiled code; no GPU
 was at hand to run that.
@@ -10,111 +10,23 @@ was at hand to run that.
 
 from __future__ import annotations
 
-import functools
-import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnsight_vllm.errors import EngineSettingError, PreemptedError
-from nnsight_vllm.wire import refusal
-from nnsight_vllm.wire.extras import KEY, decode_extras
+from nnsight_vllm.errors import PreemptedError
 from nnsight_vllm.wire.step_output import RELEASED, Ints, Messages
 from nnsight_vllm.worker.batch.executor import Executor
-from nnsight_vllm.worker.batch.requests import Arrival, Step
+from nnsight_vllm.worker.batch.requests import Step
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.worker.seam.kv_scrubbing import KVScrubber, clear_blocks
+from nnsight_vllm.worker.seam.runner import Batch, Runner, wrap
+from nnsight_vllm.worker.seam.scheduled import arrivals, fresh_blocks
 
-SUPPORTED = "0.32."
 PROBE_ROWS = 5
-
-
-def require_supported() -> None:
-    """Raise `EngineSettingError` on a vLLM that this file wasn't written for."""
-    from vllm import __version__
-
-    if not __version__.startswith(SUPPORTED):
-        raise EngineSettingError(f"nnsight_vllm runs on vLLM {SUPPORTED}*; this is {__version__}")
-
-
-def worker_base() -> type:
-    """vLLM's worker class for this platform."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_worker import CPUWorker
-
-        return CPUWorker  # type: ignore[no-any-return]
-    from vllm.v1.worker.gpu_worker import Worker
-
-    return Worker  # type: ignore[no-any-return]
-
-
-def settings_of(vllm_config: Any) -> dict[str, Any]:
-    """Our part of vLLM's `additional_config`."""
-    settings = (vllm_config.additional_config or {}).get(KEY)
-    if not isinstance(settings, dict) or "sites" not in settings:
-        raise EngineSettingError(f"additional_config needs {{{KEY!r}: {{'sites': ...}}}}; got {settings!r}")
-    return settings
-
-
-def salt_compile_cache(vllm_config: Any, fingerprint: str) -> None:
-    """Keep compiled code apart by instrumentation: vLLM's cache key has `additional_config` but not the hooks.
-
-    The file of the front end is another one in every start, so it mustn't be in the key.
-    """
-    settings = {**settings_of(vllm_config), "fingerprint": fingerprint}
-    settings.pop(refusal.KEY, None)
-    vllm_config.additional_config = {**vllm_config.additional_config, KEY: settings}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step as its runner laid it out. `ids` in the order of the batch; `logits`: see `Step`."""
-
-    ids: list[str]
-    starts: Ints
-    positions: Ints
-    logits: Ints | None
-
-
-class Runner(Protocol):
-    """What differs between vLLM's model runners; `raw` is vLLM's own."""
-
-    raw: Any
-
-    def attach(self, seam: Seam) -> None:
-        """Have the seam's `begin` called before a forward of a step with graphs, which is no captured one, and its `sample`."""
-
-    def known_requests(self) -> Collection[str]:
-        """Requests that the runner has state of."""
-
-    def emitting(self) -> list[str]:
-        """Requests that get a token in this step: a piece of a prompt gets none."""
-
-    def wants_logprobs(self) -> bool:
-        """Whether anybody in this step does."""
-
-    def reported_line(self, at: int, width: int) -> int:
-        """Where the logprob of a request's first token is; `at` its place in the batch, `width` most tokens of a request."""
-
-    def trial(self, num_rows: int) -> Tensor:
-        """The hidden states of a forward over padding, outside of captured graphs, that writes no key or value."""
-
-
-def runner_of(raw: Any, vllm_config: Any) -> Runner:
-    """The side of the seam that fits vLLM's model runner."""
-    if vllm_config.use_v2_model_runner:
-        from nnsight_vllm.worker.seam.runner_v2 import RunnerV2
-
-        return RunnerV2(raw)
-    from nnsight_vllm.worker.seam.runner_v1 import RunnerV1
-
-    return RunnerV1(raw)
 
 
 class Seam:
@@ -126,7 +38,7 @@ class Seam:
         self.has_graphs = False  # in this step
         self.drafts: Mapping[str, list[int]] = {}  # of this step, by request
         self._is_armed = False  # for the step's first `compute_logits`; later ones are prompt logprobs
-        self._recycling = KVScrubber()
+        self._scrubber = KVScrubber()
         self._ids: list[str] = []  # of the last step, in the order of its batch
         self._index: dict[str, int] = {}
         self._evicted: set[str] = set()  # and not computed again yet: a runner may have forgotten them
@@ -180,10 +92,10 @@ class Seam:
         known = executor.requests
         for request_id in self._recomputed(scheduled, known):
             executor.fail(request_id, PreemptedError("the engine evicted the request to free memory; send it again"))
-        for arrival in _arrivals(scheduled, raw):
+        for arrival in arrivals(scheduled, raw):
             if arrival.request_id not in known:
                 executor.admit(arrival)
-        stale = self._recycling.step(_fresh_blocks(scheduled, raw), known)
+        stale = self._scrubber.stale(fresh_blocks(scheduled, raw), known)
         if stale:
             clear_blocks(raw.kv_caches, stale, raw.kv_cache_config.num_blocks)
         self.drafts = scheduled.scheduled_spec_decode_tokens
@@ -250,60 +162,6 @@ class Seam:
     def _started(self) -> Executor:
         assert self.executor is not None, "a step before the worker was ready"
         return self.executor
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace an instance's method by `around(original, ...)`."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    if isinstance(owner, nn.Module):
-        owner.__dict__[name] = wrapped
-    else:
-        setattr(owner, name, wrapped)
-
-
-def _arrivals(scheduled: Any, runner: Any) -> Iterator[Arrival]:
-    for new in scheduled.scheduled_new_reqs:
-        params = new.sampling_params
-        extras = decode_extras(params)
-        if extras is not None:
-            seed = secrets.randbits(63) if params.seed is None else params.seed
-            prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-            yield Arrival(new.req_id, extras.graphs, len(prompt), seed, _refusal(params, runner), extras.links)
-
-
-def _fresh_blocks(scheduled: Any, runner: Any) -> Iterator[tuple[str, list[int]]]:
-    """KV blocks that requests get in this step; those found in the prefix cache aren't fresh."""
-    for new in scheduled.scheduled_new_reqs:
-        yield new.req_id, _without_hits(new.block_ids, new.num_computed_tokens, runner)
-    cached = scheduled.scheduled_cached_reqs
-    for request_id, blocks, computed in zip(
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-    ):
-        if blocks is not None:
-            is_resumed = request_id in cached.resumed_req_ids
-            yield request_id, _without_hits(blocks, computed if is_resumed else 0, runner)
-
-
-def _without_hits(blocks: Any, computed: int, runner: Any) -> list[int]:
-    """The blocks of all groups behind the first `computed` tokens."""
-    groups = runner.kv_cache_config.kv_cache_groups
-    fresh = [ids[computed // group.kv_cache_spec.block_size :] for ids, group in zip(blocks, groups, strict=True)]
-    return [block for ids in fresh for block in ids]
-
-
-def _refusal(params: Any, runner: Any) -> str:
-    """Why this request's sampled token can't be replaced; empty where it can."""
-    if params.structured_outputs is not None:
-        return "the request's structured outputs decide it"
-    mode = runner.sampler.logprobs_mode
-    if params.logprobs is not None and not mode.startswith("raw"):
-        return f"its logprob isn't known with logprobs_mode={mode}"
-    return ""
 
 
 def _attach(output: Any, sent: Messages, index: Mapping[str, int]) -> None:

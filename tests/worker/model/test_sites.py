@@ -16,7 +16,7 @@ from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.modules import unshare
-from nnsight_vllm.worker.model.sites import Activation, Argument, Direct, Gate, Stream, TensorSlice
+from nnsight_vllm.worker.model.sites import Activation, Argument, Direct, Gate, ResidualStream, TensorSlice
 from nnsight_vllm.worker.model.taps import Tensors
 
 ROWS = slice(2, 5)
@@ -70,7 +70,7 @@ def test_a_tensor_with_a_batch_of_one_reads_and_writes_without_it() -> None:
 def test_a_stream_is_the_sum_and_an_untouched_element_keeps_its_two_parts() -> None:
     tensors = _tensors(4, 4)
     hidden, residual = (tensor.clone() for tensor in tensors)
-    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
+    site = ResidualStream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     assert torch.equal(old, (hidden + residual)[ROWS])
     new = old.clone()
@@ -83,7 +83,7 @@ def test_a_stream_is_the_sum_and_an_untouched_element_keeps_its_two_parts() -> N
 
 def test_a_nan_written_into_a_stream_counts_as_a_change() -> None:
     tensors = _tensors(4, 4)
-    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
+    site = ResidualStream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     new = old.clone()
     new[0, 0] = float("nan")
@@ -94,7 +94,7 @@ def test_a_nan_written_into_a_stream_counts_as_a_change() -> None:
 
 def test_what_is_added_to_a_streams_addend_shows_in_its_value() -> None:
     tensors = _tensors(4, 4)
-    site = Stream(INFO, 0, TensorSlice(0), TensorSlice(1))
+    site = ResidualStream(INFO, 0, TensorSlice(0), TensorSlice(1))
     old = site.read(tensors, ROWS)
     addend = site.addend(tensors, ROWS)
     assert addend is not None
@@ -138,7 +138,7 @@ def test_an_activation_reads_without_up_and_a_write_scales_up() -> None:
 def test_up_written_after_the_activation_multiplies_the_written_activation() -> None:
     gate, tensors = _gate()
     activation = Activation(INFO, 0, gate)
-    up = Direct(INFO, 0, gate.up, gate.refresh)
+    up = Direct(INFO, 0, gate.up, gate.recompute)
     before = _others(tensors[1])
     old = activation.read(tensors, ROWS)
     activation.write(tensors, ROWS, old, torch.full_like(old, 2.0))

@@ -10,18 +10,18 @@ GRAPHS = {"g", "h"}
 
 
 def test_blocks_of_a_graph_are_cleared_when_another_request_gets_them() -> None:
-    recycling = KVScrubber()
-    assert recycling.step([("g", [1, 2]), ("p", [3])], GRAPHS) == []
-    assert recycling.step([("q", [4, 2])], GRAPHS) == [2]
-    assert recycling.step([("r", [2, 1])], GRAPHS) == [1]
-    assert recycling.step([("s", [1, 2, 3, 4])], GRAPHS) == []
+    scrubber = KVScrubber()
+    assert scrubber.stale([("g", [1, 2]), ("p", [3])], GRAPHS) == []
+    assert scrubber.stale([("q", [4, 2])], GRAPHS) == [2]
+    assert scrubber.stale([("r", [2, 1])], GRAPHS) == [1]
+    assert scrubber.stale([("s", [1, 2, 3, 4])], GRAPHS) == []
 
 
 def test_blocks_that_go_from_graph_to_graph_are_cleared_each_time() -> None:
-    recycling = KVScrubber()
-    recycling.step([("g", [1])], GRAPHS)
-    assert recycling.step([("h", [1])], GRAPHS) == [1]
-    assert recycling.step([("p", [1])], GRAPHS) == [1]
+    scrubber = KVScrubber()
+    scrubber.stale([("g", [1])], GRAPHS)
+    assert scrubber.stale([("h", [1])], GRAPHS) == [1]
+    assert scrubber.stale([("p", [1])], GRAPHS) == [1]
 
 
 def test_clearing_touches_the_given_blocks_in_every_cache() -> None:

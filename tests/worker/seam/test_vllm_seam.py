@@ -1,36 +1,18 @@
+"""The seam around a runner that isn't vLLM's."""
+
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import vllm
 from torch import nn
 from toy import Toy, graph
 
-from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.graph.nodes import Read, Ref, Save
 from nnsight_vllm.wire.extras import RequestExtras, encode_extras
-from nnsight_vllm.worker.seam import vllm_seam
-
-
-def test_another_vllm_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.33.1")
-    with pytest.raises(EngineSettingError, match=r"vLLM 0\.32\.\*; this is 0\.33\.1"):
-        vllm_seam.require_supported()
-
-
-def test_the_fingerprint_enters_what_vllm_hashes_and_other_settings_stay() -> None:
-    config = SimpleNamespace(additional_config={"other": 1, "nnsight_vllm": {"sites": "all"}})
-    vllm_seam.salt_compile_cache(config, "f00")
-    assert config.additional_config == {"other": 1, "nnsight_vllm": {"sites": "all", "fingerprint": "f00"}}
-
-
-def test_a_worker_without_our_settings_says_what_it_needs() -> None:
-    with pytest.raises(EngineSettingError, match="additional_config needs"):
-        vllm_seam.settings_of(SimpleNamespace(additional_config=None))
-
-
-# -- the seam ------------------------------------------------------------------------------------------------------------
+from nnsight_vllm.worker.seam.runner import Steps
+from nnsight_vllm.worker.seam.vllm_seam import Seam
 
 
 class Head(nn.Module):
@@ -56,7 +38,7 @@ class FakeRunner:
             sampler=SimpleNamespace(logprobs_mode="raw_logprobs"),
         )
 
-    def attach(self, seam: vllm_seam.Seam) -> None:
+    def attach(self, steps: Steps) -> None:
         pass
 
     def known_requests(self) -> set[str]:
@@ -82,14 +64,14 @@ def scheduled(new: tuple[str, ...] = (), evicted: tuple[str, ...] = (), finished
 
 def test_before_the_worker_is_ready_vllm_warms_up_by_itself() -> None:
     runner: Any = FakeRunner()
-    vllm_seam.Seam(runner)
+    Seam(runner)
     runner.raw.execute_model("a step of vLLM's own")
     assert runner.ran == ["a step of vLLM's own"]
 
 
 def test_an_evicted_request_that_comes_back_as_a_new_one_fails_and_is_known_meanwhile() -> None:
     runner: Any = FakeRunner()
-    seam, toy = vllm_seam.Seam(runner), Toy()
+    seam, toy = Seam(runner), Toy()
     seam.executor = toy.executor
     runner.raw.execute_model(scheduled(new=("r",)))
     request = toy.executor.requests["r"]
@@ -103,7 +85,7 @@ def test_an_evicted_request_that_comes_back_as_a_new_one_fails_and_is_known_mean
 
 def test_an_evicted_request_that_ends_is_forgotten() -> None:
     runner: Any = FakeRunner()
-    seam = vllm_seam.Seam(runner)
+    seam = Seam(runner)
     seam.executor = Toy().executor
     for step in (scheduled(new=("r",)), scheduled(evicted=("r",)), scheduled(finished=("r",))):
         runner.raw.execute_model(step)

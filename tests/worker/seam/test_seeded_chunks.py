@@ -1,4 +1,4 @@
-"""Seeded requests whose prompts are computed in pieces: on a CPU vLLM alone can't run them."""
+"""Seeded requests whose prompts are computed in chunks: on a CPU vLLM alone can't run them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnsight_vllm.worker.seam.undrawn import undrawn
+from nnsight_vllm.worker.seam.seeded_chunks import chunks_draw_nothing
 
 if TYPE_CHECKING:
     from conftest import Engines
@@ -23,9 +23,9 @@ def runner(device: str) -> Any:
     return SimpleNamespace(input_batch=batch, discard_request_mask=mask, device=torch.device(device))
 
 
-def test_only_generators_of_pieces_are_held_back_and_come_back_after_an_error() -> None:
+def test_only_generators_of_chunks_are_held_back_and_come_back_after_an_error() -> None:
     one = runner("cpu")
-    with pytest.raises(ZeroDivisionError), undrawn(one):
+    with pytest.raises(ZeroDivisionError), chunks_draw_nothing(one):
         assert one.input_batch.generators == {0: "a", 2: "c"}
         raise ZeroDivisionError
     assert one.input_batch.generators == {0: "a", 1: "b", 2: "c"}
@@ -33,11 +33,11 @@ def test_only_generators_of_pieces_are_held_back_and_come_back_after_an_error() 
 
 def test_generators_that_have_an_offset_are_vllms_own() -> None:
     one = runner("meta")
-    with undrawn(one):
+    with chunks_draw_nothing(one):
         assert one.input_batch.generators == {0: "a", 1: "b", 2: "c"}
 
 
-def test_a_seeded_prompt_in_pieces_draws_what_it_draws_in_one(
+def test_a_seeded_prompt_in_chunks_draws_what_it_draws_in_one(
     engines: Engines, tiny_checkpoint: Callable[[str], str]
 ) -> None:
     model = engines(tiny_checkpoint("llama"), max_model_len=128, max_num_batched_tokens=64, max_num_seqs=10)
@@ -45,9 +45,9 @@ def test_a_seeded_prompt_in_pieces_draws_what_it_draws_in_one(
     drawn = {"temperature": 1.0, "seed": 5, "max_tokens": 20, "ignore_eos": True}
     with model.trace(prompts[1], **drawn) as tracer:
         alone = tracer.result.save()
-    results = []
     with model.trace(**drawn) as tracer:
-        for prompt in prompts:  # 64 tokens a step: the second one's last 16 come later
-            with tracer.invoke(prompt):
-                results.append(tracer.result.save())
-    assert results[1].token_ids == alone.token_ids
+        with tracer.invoke(prompts[0]):
+            tracer.result.save()
+        with tracer.invoke(prompts[1]):  # 64 tokens a step: its last 16 come later
+            shared = tracer.result.save()
+    assert shared.token_ids == alone.token_ids
