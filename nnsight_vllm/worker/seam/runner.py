@@ -57,13 +57,13 @@ class Runner(Protocol):
         """The hidden states of a forward over padding, outside of captured graphs, that writes no key or value."""
 
 
-def forgo_captured(owner: Any, choose: str, steps: Steps, keyword: str) -> None:
+def forgo_captured(owner: Any, name: str, steps: Steps, keyword: str) -> None:
     """Have the function that chooses how a step runs told not to replay a captured graph in a step with graphs of ours."""
 
     def chosen(choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return choose(*args, **(kwargs | {keyword: True} if steps.has_graphs else kwargs))
 
-    wrap(owner, choose, chosen)
+    wrap(owner, name, chosen)
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
