@@ -35,6 +35,18 @@ def edit(
         getattr(reference, operation)(rows, slots, **columns)
 
 
+def added(slots: Tensor, columns: Mapping[str, Tensor]) -> Tensor | None:
+    """What `edit` by "add" adds on a CPU to rows that all have a line: [N, H], or [1, H] where they share one.
+
+    `rows.add_(it)` gives the same bits, so who comes back with the same slots gathers their lines once. None: use `edit`.
+    """
+    if choose(columns["vectors"].device) != "reference" or bool((slots < 0).any()):
+        return None
+    lines, owner = slots.unique_consecutive(return_inverse=True)
+    whole = reference.product(lines.long(), **columns)
+    return whole if len(lines) in (1, len(slots)) else whole[owner]
+
+
 def choose(device: torch.device, force: Backend | None = None) -> Backend:
     """Who edits rows on this device: the argument, else the environment, else what suits the device."""
     name = force or os.environ.get(VARIABLE) or ("triton" if device.type == "cuda" else "reference")

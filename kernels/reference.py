@@ -32,9 +32,13 @@ from torch import Tensor
 def add(rows: Tensor, slots: Tensor, *, vectors: Tensor, coefficients: Tensor) -> None:
     """`h += c * v`. `vectors` [S, H], `coefficients` [S]."""
     edited, lines = _edited(slots)
+    _put(rows, edited, rows[edited] + product(lines, vectors=vectors, coefficients=coefficients))
+
+
+def product(lines: Tensor, *, vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """What lines add: `c * v`, [N, H]. `lines`: int64 [N]."""
     vector = vectors[lines]
-    product = (vector.float() * coefficients[lines, None]).to(vector.dtype)
-    _put(rows, edited, rows[edited] + product)
+    return (vector.float() * coefficients[lines, None]).to(vector.dtype)
 
 
 def scale(rows: Tensor, slots: Tensor, *, coefficients: Tensor) -> None:

@@ -34,7 +34,8 @@ from nnsight_vllm.graph.nodes import (
 from nnsight_vllm.graph.ops import is_inplace
 from nnsight_vllm.graph.walk import is_quiet, nodes_of
 from nnsight_vllm.plan import effects
-from nnsight_vllm.plan.edits import Edit, Visit, find_edits, find_visits
+from nnsight_vllm.plan.edits import Edit, find_edits
+from nnsight_vllm.plan.fused import FusedSite, find_fused
 from nnsight_vllm.plan.instructions import (
     At,
     Branch,
@@ -52,7 +53,6 @@ from nnsight_vllm.plan.instructions import (
 )
 from nnsight_vllm.plan.liveness import Liveness
 from nnsight_vllm.plan.rows import is_fresh
-from nnsight_vllm.plan.takes import Take, find_takes
 from nnsight_vllm.plan.template import Parameter, split
 
 SAMPLES = "samples.output"
@@ -66,8 +66,8 @@ _READERS = frozenset(
 class Program:
     """A graph's structure, ready to run. A negative id is a parameter of the request, constants included.
 
-    `edits`: nodes that a table's kernel can do. `visits`: by their place in the code, sites where it does nothing but those;
-    `takes`: sites where it does nothing but collect.
+    `edits`: nodes that a table's kernel can do. `fused`: by their place in the code, sites where it does nothing but those, or
+    nothing but collect.
 
     `copied` are the `const` and `import` nodes whose tensor some in-place operation might reach: they get a copy, the
     original is everybody's. `writes_samples` says that it may replace a drawn token. `streams`: the lists that only collect what is
@@ -79,8 +79,7 @@ class Program:
 
     code: tuple[Instruction, ...]
     edits: Mapping[int, Edit] = field(default_factory=dict)
-    visits: Mapping[int, Visit] = field(default_factory=dict)
-    takes: Mapping[int, Take] = field(default_factory=dict)
+    fused: Mapping[int, FusedSite] = field(default_factory=dict)
     copied: frozenset[int] = frozenset()
     writes_samples: bool = False
     streams: Mapping[int, str] = field(default_factory=dict)
@@ -104,8 +103,7 @@ def compile_graph(graph: Graph) -> Program:
     return Program(
         code=code,
         edits=edits,
-        visits=find_visits(code, edits),
-        takes=find_takes(code, streams),
+        fused=find_fused(code, edits, streams),
         copied=copied,
         writes_samples=any(_written_site(node) == SAMPLES for node in nodes),
         streams=streams,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from row_edits import random_columns, random_rows
 
-from nnsight_vllm.kernels.dispatch import VARIABLE, choose, edit
+from nnsight_vllm.kernels.dispatch import VARIABLE, added, choose, edit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,3 +61,24 @@ def test_what_does_not_fit_is_refused() -> None:
         edit(rows, "add", slots, columns | {"vectors": torch.zeros(2, 5)})
     with pytest.raises(ValueError, match=r"add.coefficients"):
         edit(rows, "add", slots, columns | {"coefficients": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [2, 2, 2, 2], [1, 1, 0, 1]])
+def test_what_is_gathered_once_adds_the_bits_of_the_edit(
+    slots: list[int], dtype: torch.dtype, vectors: torch.dtype
+) -> None:
+    rows, columns, at = random_rows(4, 6, dtype), random_columns("add", 4, 6, vectors), torch.tensor(slots).int()
+    whole = added(at, columns)
+    assert whole is not None and whole.shape == (1 if len(set(slots)) == 1 else 4, 6)
+    expected = rows.clone()
+    edit(expected, "add", at, columns)
+    assert torch.equal(rows.add_(whole), expected)
+
+
+def test_rows_without_a_line_and_triton_need_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, slots = random_columns("add", 2, 6, torch.float32), torch.tensor([0, 1]).int()
+    assert added(torch.tensor([0, -1]).int(), columns) is None
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert added(slots, columns) is None

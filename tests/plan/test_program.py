@@ -221,9 +221,9 @@ def test_a_value_of_another_request_is_waited_for_only_where_its_iteration_may_n
     )
 
 
-def test_a_site_that_is_edited_again_behind_an_import_is_no_visit() -> None:
+def test_a_site_that_is_edited_again_behind_an_import_is_not_fused() -> None:
     edit = Op(1, "tensor.zero_", [Ref(0)], writes="a")
     again = Op(5, "tensor.zero_", [Ref(4)], writes="a")
     alone = compile_graph(Graph(Block([Read(0, "a", 0), edit])))
     behind = compile_graph(Graph(Block([Read(0, "a", 0), edit, Import(3, "k", 0), Read(4, "a", 0), again])))
-    assert alone.visits and not behind.visits
+    assert alone.fused and not behind.fused

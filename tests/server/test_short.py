@@ -306,23 +306,23 @@ def test_edits_of_all_rows_are_the_tables(edit: dict[str, Any]) -> None:
     own = {name: VALUES.get(name, value) for name, value in edit.items()}
     sites = ["model.layers.2.output", BLOCK, "model.layers.0.mlp.output"]
     found = program(lowered(FAKE, edits=[{"site": site, **own} for site in sites]))
-    assert [visit.site for visit in found.visits.values()] == [
+    assert [fused.site for fused in found.fused.values()] == [
         "model.layers.0.mlp.output",
         "model.layers.1.output",
         "model.layers.2.output",
     ]
-    assert {found.edits[id].operation for visit in found.visits.values() for id in visit.edits} == {
+    assert {found.edits[id].operation for fused in found.fused.values() for id in fused.edits} == {
         TABLE.get(edit["op"], edit["op"])
     }
 
 
-def test_all_and_last_share_one_block_and_a_save_is_a_take() -> None:
+def test_all_and_last_share_one_block_and_a_save_is_a_fused_site() -> None:
     edits = [{"site": "1.output", "op": "add", "tensor": "v", "scale": 4.0}]
     sent = lowered(edits=edits, save=[{"name": "h", "site": "2.output", "positions": "last"}])
     (block,) = [node for node in sent.graph.body.nodes if isinstance(node, Iterations)]
     assert (block.start, block.stop, block.step) == (0, None, 1)
     found = program(sent)
-    assert [take.site for take in found.takes.values()] == ["2.out"]
+    assert [fused.site for fused in found.fused.values() if fused.saves] == ["2.out"]
     other = lowered(edits=[{**edits[0], "scale": 1.0, "tensor": "w"}], save=sent_save("last"))
     assert split(other.graph).graph == split(sent.graph).graph  # so they run as one group
 

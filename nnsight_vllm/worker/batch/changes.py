@@ -47,19 +47,14 @@ def _on_part(target: Lane, change: Callable[[Lane], None]) -> None:
         memory.index_copy_(0, target.pick.rows.to(memory.device), rows)
 
 
-def by_table(group: Group, node: Op, target: Lane, has_kernels: bool) -> bool:
-    """Do an edit by the lines that the requests have in tables. False: some have none, or they don't fit the target.
-
-    Without `has_kernels` torch's own operations give the same bits; those of `nnsight_vllm.edits` have no other form.
-    """
-    if node.id not in group.program.edits:
+def by_kernel(group: Group, node: Op, target: Lane) -> bool:
+    """Do an edit of `nnsight_vllm.edits` by the lines that the requests have in tables. False: it isn't one, or they don't fit."""
+    if not node.name.startswith(PREFIX) or node.id not in group.program.edits:
         return False
     tensor = target.memory.tensor if isinstance(target, View) else getattr(target, "tensor", None)
     if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.dtype not in DTYPES:
         return False
     if isinstance(target, View) and (target.columns or target.own is not None):
-        return False
-    if not (has_kernels or node.name.startswith(PREFIX)):
         return False
     lines = group.lines(node.id)
     if not lines.fit(tensor.shape[1]):

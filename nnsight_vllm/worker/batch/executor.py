@@ -23,12 +23,11 @@ from torch import Tensor
 
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.plan.edits import Visit
 from nnsight_vllm.plan.program import SAMPLES, ProgramCache
-from nnsight_vllm.plan.takes import Take
 from nnsight_vllm.plan.template import parameter_of
 from nnsight_vllm.wire.limits import DEFAULT, Limits
 from nnsight_vllm.wire.step_output import Messages, Released
+from nnsight_vllm.worker.batch.fused import FusedSites
 from nnsight_vllm.worker.batch.group import Group, key_of
 from nnsight_vllm.worker.batch.group_control import GroupInterpreter
 from nnsight_vllm.worker.batch.group_place import GroupPlace
@@ -39,11 +38,9 @@ from nnsight_vllm.worker.batch.prefill import Prefill, PrefillChunk
 from nnsight_vllm.worker.batch.prompt_progress import Progress
 from nnsight_vllm.worker.batch.request_programs import RequestPrograms, check_names
 from nnsight_vllm.worker.batch.requests import START, Arrival, EngineRequest, Status, Step, interrupted, requests_of
-from nnsight_vllm.worker.batch.shortcuts import did_all
 from nnsight_vllm.worker.batch.tables import Tables
 from nnsight_vllm.worker.batch.tally import Tally
 from nnsight_vllm.worker.batch.tensor_store import Store
-from nnsight_vllm.worker.batch.visits import Visits, due
 from nnsight_vllm.worker.model.sampling_sites import SAMPLES_TAP
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Handler, Tensors
@@ -83,13 +80,12 @@ class Executor:
         self._table = table
         self._batching = batching
         self._limits = limits
-        self._max_saved = limits.saved_per_step
         self._num_saved = 0  # bytes sent home of the requests that live
         self._unsent: set[str] = set()
         self._several: set[str] = set()  # requests with several programs
         self._ended: set[RequestPrograms] = set()  # those of them that ended in this step
         self._tables = Tables(device)
-        self._visits = Visits(device)
+        self._fused = FusedSites(table.sites, limits.saved_per_step)
         self._tally = Tally()
         self.exports = Exports(limits.request, limits.engine)
         holdings = Holdings(limits, lambda: measure(self._units()))
@@ -134,7 +130,7 @@ class Executor:
             self._unsent.discard(id)
             self._several.discard(id)
             self.exports.release(Released(request.undrawn))
-        self._visits.forget()
+        self._fused.forget()
         self._groups = [part for group in self._groups if (part := _without(group, gone)) is not None]
 
     def fail(self, request_id: str, error: Exception) -> None:
@@ -179,9 +175,11 @@ class Executor:
         self._active_pop(tap)
         while tap in self._waiting:
             units = self._due(tap)
-            visited = self._visit(units, tensors) if self._batching else {}
+            assert self._step is not None
+            with _inference():
+                done = self._fused.run(units, tensors, self._step, self._is_at_logits) if self._batching else {}
             for unit in units:
-                leave = partial(self._leave_site, unit, visited[id(unit)]) if id(unit) in visited else None
+                leave = partial(self._leave_site, unit, done[id(unit)]) if id(unit) in done else None
                 if isinstance(unit, Group):
                     for part in self._run_group(unit, leave or partial(self._arrive_together, unit, tensors)):
                         self._await(part)
@@ -440,44 +438,16 @@ class Executor:
         name = group.site
         assert name is not None and self._step is not None
         site, layout = self._table.sites[name], group.layout(self._step, self._is_at_logits)
-        if (
-            done := did_all(group, site, tensors, layout, self._grouped.nodes.has_kernels, self._max_saved)
-        ) is not None:
-            self._pass(group, done)
-            return
         group.order = self._table.orders[name]
         group.place = GroupPlace(name, site, tensors, layout, partial(self._grouped.members.blame, group))
 
-    def _visit(self, units: list[Unit], tensors: Tensors) -> dict[int, BaseException | None]:
-        """Have those that do nothing but edit rows at their site do it together. Returns them by `id`, and what went wrong."""
-        found: dict[int, BaseException | None] = {}
-        if self._step is None or len(units) < self._visits.least:
-            return found
-        by_site: dict[str, list[Unit]] = {}
-        for unit in units:
-            name = unit.site if isinstance(unit, Group) else unit.wait.site
-            if name is not None and due(unit, self._table.sites[name]) is not None:
-                by_site.setdefault(name, []).append(unit)
-        for name, together in by_site.items():
-            if len(together) >= self._visits.least:
-                error: BaseException | None = None
-                try:
-                    with _inference():
-                        self._visits.edit(self._table.sites[name], tensors, together, self._step, self._is_at_logits)
-                except BaseException as raised:  # each of them raises it again, where it's that request's own failure
-                    error = raised
-                found.update(dict.fromkeys(map(id, together), error))
-        return found
-
     def _leave_site(self, unit: Unit, error: BaseException | None) -> None:
-        """The unit did at its site all that it does there."""
+        """The unit did at its site all that it does there: go on behind it."""
+        done = unit.program.fused[unit.pc]
+        unit.order, unit.place = self._table.orders[done.site], None
         if error is not None:
             raise error
-        self._pass(unit, unit.program.visits[unit.pc])
-
-    def _pass(self, unit: Unit, done: Visit | Take) -> None:
-        """Go on behind what was done of the unit's program."""
-        unit.order, unit.pc, unit.place = self._table.orders[done.site], done.stop, None
+        unit.pc = done.stop
         for id in done.free:
             unit.env.pop(id, None)
         self._grouped.nodes.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)

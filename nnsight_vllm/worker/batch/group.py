@@ -231,14 +231,16 @@ class Group:
         return self._located[1]
 
     def layout(self, step: Step, at_logits: bool) -> Layout:
-        """Where the members' rows are in this step: all rows of each, or at the logits its one."""
+        """Where the members' rows are in this step: all rows of each, or at the logits its one. As long as it's there, the same."""
         known = self._layouts.get(at_logits)
         if known is None or known[0] is not step:
             at = self.locate(step)
             counts = step.starts[at + 1] - step.starts[at]
+            starts = step.logits_rows(at) if at_logits else step.starts[at]
             is_single = at_logits or bool((counts == 1).all())
             ragged = single_rows(len(self)) if is_single else Ragged(counts)
-            known = step, Layout(step.logits_rows(at) if at_logits else step.starts[at], ragged)
+            is_same = known is not None and known[1].ragged is ragged and bool((known[1].starts == starts).all())
+            known = step, known[1] if known is not None and is_same else Layout(starts, ragged)
             self._layouts[at_logits] = known
         return known[1]
 

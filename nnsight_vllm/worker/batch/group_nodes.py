@@ -34,10 +34,9 @@ from nnsight_vllm.graph.nodes import (
     Write,
 )
 from nnsight_vllm.graph.ops import MAY_CHANGE, RANDOM, is_inplace
-from nnsight_vllm.kernels.dispatch import choose
 from nnsight_vllm.plan.edits import ADDS
 from nnsight_vllm.plan.rows import Kind, rule_of
-from nnsight_vllm.worker.batch.changes import by_table, dtype_of, fitted, in_place, spread_value
+from nnsight_vllm.worker.batch.changes import by_kernel, dtype_of, fitted, in_place, spread_value
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_members import Members
 from nnsight_vllm.worker.batch.interpreter import Interpreter, ModuleCalls
@@ -82,8 +81,6 @@ class GroupNodes:
         self._calls = calls
         self._alone = alone
         self._limits = alone.limits
-        # Kernels of the frequent edits, else torch's own operations are faster.
-        self.has_kernels = choose(alone.device) == "triton"
         self.counts = Counts()
         self._methods: dict[type, Callable[[Group, Any], Lane | None]] = {
             Read: self.read,
@@ -311,24 +308,16 @@ class GroupNodes:
                 refuse_floats(place.name, [lane.of(0)])
         sign = ADDS.get(node.name)
         if sign is not None and len(args) == 2 and not node.kwargs and (part := place.addend()) is not None:
-            value = args[1]
-            is_plain = target.pick is None and not target.columns and target.own is None
-            is_plain = is_plain and not self.has_kernels
-            if is_plain and place.ragged.is_single and isinstance(value, Each) and value.tensor.shape == part.shape:
-                part.add_(value.tensor, alpha=sign)
-                place.put_addend(part)
-                return target
             view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
             operation = torch.Tensor.add_ if sign > 0 else torch.Tensor.sub_
-            if not by_table(group, node, view, self.has_kernels):
-                in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
+            in_place("tensor.add_" if sign > 0 else "tensor.sub_", operation, view, args[1:], {})
             place.put_addend(part)
         else:
             place.change(partial(self._apply, group, node, target, args))
         return target
 
     def _apply(self, group: Group, node: Op, target: Lane, args: list[Lane]) -> None:
-        if by_table(group, node, target, self.has_kernels):
+        if by_kernel(group, node, target):
             return
         kwargs = {key: self._members.lane(group, value) for key, value in node.kwargs.items()}
         if node.name == "py.setitem":

@@ -28,7 +28,7 @@ Excess = Callable[[EngineRequest, int, int], str]
 """What's over its limit if a request holds so many bytes and all of them so many; empty where nothing is."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PrefillChunk(EngineRequest):
     """A request for one step with a chunk of its prompt. Its failure is its owner's."""
 

@@ -117,7 +117,7 @@ class IterationsFrame:
 Frame = LoopFrame | IterationsFrame
 
 
-@dataclass
+@dataclass(eq=False)
 class EngineRequest:
     """A request, or one of several programs that it has: then `parts` are all of them, and this is the one with `number`.
 

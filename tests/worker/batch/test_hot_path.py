@@ -94,8 +94,7 @@ def counted(make: Callable[[int], tuple[bytes, bytes]], num_requests: int) -> tu
 
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run operation by operation."""
-    for name in ("find_visits", "find_takes"):
-        monkeypatch.setattr(program, name, lambda *args: {})
+    monkeypatch.setattr(program, "find_fused", lambda *args: {})
 
 
 @pytest.mark.parametrize(

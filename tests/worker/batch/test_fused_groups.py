@@ -1,4 +1,4 @@
-"""What a group does at a site in one go is what each of its requests does by itself; on a toy model."""
+"""What a group, or a request by itself, does at a fused site is what its operations do, one by one; on a toy model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from toy import HIDDEN, LAYERS, Toy, graph
 
 from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.nodes import Arg, Block, Const, Iterations, Node, Op, Read, Ref, Save, Slice
-from nnsight_vllm.worker.batch import executor, shortcuts
+from nnsight_vllm.wire.limits import Limits
+from nnsight_vllm.worker.batch.executor import Executor
 
 STEPS = 3
 PROMPTS = {"a": 3, "b": 2, "c": 4}
@@ -22,15 +23,13 @@ Done = list[str]
 def done(monkeypatch: pytest.MonkeyPatch) -> Done:
     """The sites that were done with in one go."""
     found: Done = []
-    did_all = shortcuts.did_all
+    leave = Executor._leave_site
 
-    def noted(*args: Any) -> Any:
-        did = did_all(*args)
-        if did is not None:
-            found.append(did.site)
-        return did
+    def noted(self: Executor, unit: Any, error: Any) -> None:
+        found.append(unit.program.fused[unit.pc].site)
+        leave(self, unit, error)
 
-    monkeypatch.setattr(executor, "did_all", noted)
+    monkeypatch.setattr(Executor, "_leave_site", noted)
     return found
 
 
@@ -83,6 +82,24 @@ def test_collected_rows_are_those_of_each_request_by_itself(done: Done, keys: li
     assert found == run(graphs, False)
 
 
+@pytest.mark.parametrize(("keys", "sites"), [([-1], STEPS), ([0, -1], STEPS), ([-2], 1), ([Slice(), -1], STEPS)])
+def test_a_request_by_itself_collects_its_rows(done: Done, keys: list[Arg], sites: int) -> None:
+    graphs = {"a": collecting(*keys)}
+    found = run(graphs, True)
+    assert done == ["1.out"] * sites
+    assert found == run(graphs, False)
+
+
+def test_one_that_collects_too_much_fails_at_the_operation_that_did() -> None:
+    failures = []
+    for batching in (True, False):
+        toy = Toy(batching=batching, limits=Limits(saved_per_step=40))
+        toy.run(collecting(-1, -1, -1))
+        failures.append(toy.received["r"][-1].failure)
+    assert failures[0] is not None and failures[0].node == 702
+    assert failures[0] == failures[1]
+
+
 def test_a_group_with_other_rows_in_between_collects_its_own(done: Done) -> None:
     graphs = {"a": collecting(-1), "b": collecting(-1, site="0.out"), "c": collecting(-1)}
     found = run(graphs, True)
@@ -102,7 +119,7 @@ def test_each_request_gets_its_own_vector_at_every_site(done: Done) -> None:
             body.append(Op(10 * layer + 4, name_of_add, [Ref(whole), Ref(1)], {}, site))
         graphs[name] = everywhere(body=body)
     found = run(graphs, True, files)
-    assert done == [f"{layer}.out" for layer in range(LAYERS)] * (STEPS - 1)  # prompts have several rows
+    assert done == [f"{layer}.out" for layer in range(LAYERS)] * STEPS
     assert found == run(graphs, False, files)
     assert found["streams"]["a"] != found["streams"]["b"]
 

@@ -9,11 +9,11 @@ import torch
 from generated import FULL, STEPS, Builder, compare, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy import HIDDEN, Toy
+from toy import HIDDEN, LAYERS, Toy
 
 from nnsight_vllm.graph.codec import encode
-from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Ref, Slice, Tuple
-from nnsight_vllm.worker.batch.visits import Visits
+from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Read, Ref, Slice, Tuple
+from nnsight_vllm.worker.batch.fused import EditPlan
 
 ELEMENTWISE = ["add", "sub", "scale", "zero", "added with a strength", "replaced"]
 PURE = [*ELEMENTWISE, "projected", "clamped along", "norm matched", "low rank", "a feature"]
@@ -34,23 +34,24 @@ def chain(names: list[str], seed: int, dtype: torch.dtype = torch.float32) -> tu
 
 
 @pytest.fixture
-def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of units in each visit."""
+def edited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of units that were edited at once, each time."""
     sizes: list[int] = []
-    edit = Visits.edit
+    edit = EditPlan.run
 
-    def counted(self: Visits, site: Any, tensors: Any, units: list[Any], *rest: Any) -> None:
-        sizes.append(len(units))
-        edit(self, site, tensors, units, *rest)
+    def counted(self: EditPlan, site: Any, tensors: Any) -> None:
+        if self.done:
+            sizes.append(len(self.done))
+        edit(self, site, tensors)
 
-    monkeypatch.setattr(Visits, "edit", counted)
+    monkeypatch.setattr(EditPlan, "run", counted)
     return sizes
 
 
 @pytest.mark.parametrize("constants", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_different_programs_are_one_visit_and_have_the_bits_of_each_alone(
-    visited: list[int], dtype: str, constants: str
+def test_different_programs_are_edited_at_once_and_have_the_bits_of_each_alone(
+    edited: list[int], dtype: str, constants: str
 ) -> None:
     kind: torch.dtype = getattr(torch, constants)
     chains = [ELEMENTWISE[:i] + ELEMENTWISE[-i:] for i in range(1, 6)]
@@ -58,7 +59,7 @@ def test_different_programs_are_one_visit_and_have_the_bits_of_each_alone(
     together, alone = (run(requests, 4, batching, 1, dtype) for batching in (True, False))
     assert together.saved == alone.saved
     assert together.seen == alone.seen
-    assert visited == [4, 5, 5, 5]  # one came a step later
+    assert edited == [4, 5, 5, 5]  # one came a step later
     assert together.executor.stats().alone < alone.executor.stats().alone
 
 
@@ -98,14 +99,7 @@ def mixed(seed: int) -> tuple[bytes, list[bytes]]:
     return in_iterations(b), b.files
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_reads_saves_and_edits_keep_the_order_of_each_program(
-    visited: list[int], monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
-    if backend == "triton":
-        monkeypatch.setattr(
-            "nnsight_vllm.worker.batch.group_nodes.choose", lambda device: "triton"
-        )  # tables for plain edits too
+def test_reads_saves_and_edits_keep_the_order_of_each_program() -> None:
     requests = [(*(mixed(i) if i % 2 else chain(["add", "projected"], i)), 2) for i in range(6)]
     together, alone = (run(requests, 3, batching, 0) for batching in (True, False))
     for i in range(6):
@@ -155,7 +149,7 @@ def test_equal_edits_share_a_line() -> None:
 
 
 @pytest.mark.parametrize("shape", [(HIDDEN + 1,), (2, HIDDEN), ()])
-def test_a_vector_that_does_not_fit_fails_its_request_alone(visited: list[int], shape: tuple[int, ...]) -> None:
+def test_a_vector_that_does_not_fit_fails_its_request_alone(edited: list[int], shape: tuple[int, ...]) -> None:
     toy = Toy()
     b = Builder(0)
     h = b.read("1.out")
@@ -168,7 +162,7 @@ def test_a_vector_that_does_not_fit_fails_its_request_alone(visited: list[int], 
         toy.add(f"good{i}", data)
     toy.step(bad=(2, 0), good0=(2, 0), good1=(2, 0), good2=(2, 0))
     assert "project_out: expected directions [4]" in toy.failure("bad")
-    assert visited == [2]
+    assert edited == [2]
     assert not [delta.failure for name in ("good0", "good1", "good2") for delta in toy.received[name] if delta.failure]
 
 
@@ -176,7 +170,7 @@ def test_an_edit_that_fails_in_the_kernel_fails_who_took_part(monkeypatch: pytes
     def broken(*args: Any) -> None:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(Visits, "edit", broken)
+    monkeypatch.setattr(EditPlan, "run", broken)
     toy = Toy()
     for i, names in enumerate((["add"], ["scale"])):
         data, files = chain(names, i)
@@ -190,14 +184,14 @@ def test_an_edit_that_fails_in_the_kernel_fails_who_took_part(monkeypatch: pytes
     assert toy.saved["other"]["last"]
 
 
-def test_what_else_happens_at_a_site_is_no_visit() -> None:
+def test_a_site_where_more_happens_is_not_fused() -> None:
     from nnsight_vllm.plan.program import compile_graph
     from nnsight_vllm.plan.template import split
 
-    def visits(body: Any) -> int:
+    def fused(body: Any) -> int:
         b = Builder(0)
         body(b)
-        return len(compile_graph(split(Graph(Block([Iterations(1, 0, None, 1, 2, Block(b.nodes))]))).graph).visits)
+        return len(compile_graph(split(Graph(Block([Iterations(1, 0, None, 1, 2, Block(b.nodes))]))).graph).fused)
 
     def saved(b: Builder) -> None:
         h = b.read("1.out")
@@ -219,9 +213,57 @@ def test_what_else_happens_at_a_site_is_no_visit() -> None:
         h = b.read("1.out")
         b.op("py.iadd", h, b.op("tensor.relu", Ref(h.id)), writes="1.out")
 
+    def picked(b: Builder) -> None:
+        h = b.read("1.out")
+        STEPS["add"](b, h)
+        b.op("py.getitem", h, -3)  # there may be no such row
+
     def twice(b: Builder) -> None:
         STEPS["add"](b, b.read("1.out"))
         STEPS["scale"](b, b.read("1.out"))
 
-    assert [visits(body) for body in (saved, used_later, part, columns, computed)] == [0, 0, 0, 0, 0]
-    assert visits(twice) == 1
+    assert [fused(body) for body in (saved, used_later, part, columns, computed, picked)] == [0, 0, 0, 0, 0, 0]
+    assert fused(twice) == 1
+
+
+def by_iteration(name: str, seed: int) -> tuple[bytes, list[bytes], int]:
+    """Another edit of one site in each of two iterations."""
+    b = Builder(seed)
+    for iteration in (1, 2):
+        for site in ("1.out", "2.mlp"):
+            b.nodes.append(Read(b.id(), site, iteration))
+            if site == "1.out":
+                b.op(name, Ref(b.nodes[-1].id), b.const(HIDDEN), writes=site)
+            else:
+                b.save(Ref(b.nodes[-1].id), f"{iteration}")
+    return encode(Graph(Block(b.nodes))), b.files, 2
+
+
+def test_each_iteration_has_its_own_edits_though_the_same_rows_come() -> None:
+    requests = [by_iteration("py.iadd", 1), by_iteration("tensor.sub_", 2)]
+    for steps in (2, 3):
+        together, alone = (run(requests, steps, batching, 0) for batching in (True, False))
+        assert together.seen == alone.seen
+
+
+def test_sites_whose_rows_have_the_same_lines_share_what_is_planned_until_others_come() -> None:
+    toy = Toy()
+    b = Builder(0)
+    vector = b.const(HIDDEN)
+    for layer in range(LAYERS):
+        b.op("py.iadd", b.read(f"{layer}.out"), vector, writes=f"{layer}.out")
+    toy.store.put(b.files)
+    rows = {}
+    maps = toy.executor._fused._maps
+    for number in range(4):  # nobody ends
+        toy.add(f"r{number}", in_iterations(b))
+        rows = {name: (1, position + count) for name, (count, position) in rows.items()} | {f"r{number}": (2, 0)}
+        toy.step(**rows)
+        assert len(maps) <= 1
+    rows = {name: (1, position + count) for name, (count, position) in rows.items()}
+    toy.step(**rows)
+    (shared,) = maps.values()
+    assert shared.added is not None and shared.added.shape == (1, HIDDEN)
+    del shared
+    toy.executor.drop(["r0"])
+    assert not maps
