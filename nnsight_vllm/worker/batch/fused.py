@@ -94,8 +94,7 @@ class FusedSites:
             fused = unit.program.fused.get(unit.pc)
             if fused is None:
                 continue
-            is_group = isinstance(unit, Group)
-            place = unit.layout(step, at_logits) if is_group else step.rows(step.index[unit.id], at_logits)
+            place = _place(unit, step, at_logits)
             if fused.edits:
                 editing.setdefault(fused.site, []).append((unit, fused, place))
                 continue
@@ -157,6 +156,12 @@ class FusedSites:
             return not is_full and _collect_together(unit, fused, site, place, tensors)
         assert isinstance(place, slice)
         return unit.is_running and _collect_alone(unit, fused, site, place, tensors)
+
+
+def _place(unit: Unit, step: Step, at_logits: bool) -> Layout | slice:
+    if isinstance(unit, Group):
+        return unit.layout(step, at_logits)
+    return step.rows(step.index[unit.id], at_logits)
 
 
 def _fits(unit: Unit, fused: FusedSite, info: SiteInfo) -> bool:

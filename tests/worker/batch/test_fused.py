@@ -253,7 +253,7 @@ def test_sites_whose_rows_have_the_same_lines_share_what_is_planned_until_others
     for layer in range(LAYERS):
         b.op("py.iadd", b.read(f"{layer}.out"), vector, writes=f"{layer}.out")
     toy.store.put(b.files)
-    rows = {}
+    rows: dict[str, tuple[int, int]] = {}
     maps = toy.executor._fused._maps
     for number in range(4):  # nobody ends
         toy.add(f"r{number}", in_iterations(b))

@@ -100,11 +100,11 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("make", "num_requests", "is_fused", "most_python", "most_c"),
     [
-        (adding, NUM_REQUESTS, True, 115, 134),
-        (adding, NUM_REQUESTS, False, 197, 216),
-        (adding, 1, True, 152, 106),
-        (collecting, NUM_REQUESTS, True, 144, 158),
-        (collecting, 1, True, 165, 120),
+        (adding, NUM_REQUESTS, True, 115, 133),
+        (adding, NUM_REQUESTS, False, 195, 209),
+        (adding, 1, True, 99, 74),
+        (collecting, NUM_REQUESTS, True, 138, 157),
+        (collecting, 1, True, 131, 103),
     ],
 )
 def test_a_decode_step_makes_no_more_calls(
