@@ -23,7 +23,7 @@ Keep = Callable[[bytes], str]
 
 
 @dataclass(frozen=True)
-class How:
+class ResultFormat:
     """How a request's saved values are told.
 
     `over_iterations`: names of lists with a value an iteration, told as one tensor with a leading iteration axis where shapes
@@ -37,13 +37,13 @@ class How:
 
 
 @dataclass
-class Told:
+class ChoiceResults:
     """What one choice's graphs have sent home, until a chunk of the answer, or all of it, takes it.
 
     `values` are all of them so far, `new` what streams and hasn't been told.
     """
 
-    how: How
+    format: ResultFormat
     values: dict[str, object] = field(default_factory=dict)
     new: dict[str, object] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)
@@ -52,12 +52,12 @@ class Told:
 
     def add(self, fresh: Fresh) -> None:
         for name, value in fresh.values.items():
-            for into in (self.new,) if name in self.how.streamed else (self.values,):
-                known = into.get(name)
-                if isinstance(value, list) and isinstance(known, list) and name not in fresh.replaced:
-                    known.extend(value)
-                else:
-                    into[name] = value
+            into = self.new if name in self.format.streamed else self.values
+            known = into.get(name)
+            if isinstance(value, list) and isinstance(known, list) and name not in fresh.replaced:
+                known.extend(value)
+            else:
+                into[name] = value
         self.logs += fresh.logs
 
     def take(self) -> dict[str, object] | None:
@@ -72,7 +72,7 @@ class Told:
         return {"saved": saved, "logs": logs, "stopped": self.is_stopped}
 
     def _json(self, name: str, value: object) -> object:
-        return to_json(stacked(value) if name in self.how.over_iterations else value, self.how)
+        return to_json(stacked(value) if name in self.format.over_iterations else value, self.format)
 
 
 def stacked(value: object) -> object:
@@ -84,17 +84,17 @@ def stacked(value: object) -> object:
     return torch.stack(value) if is_even else value
 
 
-def to_json(value: object, how: How) -> object:
+def to_json(value: object, format: ResultFormat) -> object:
     """A saved value, as the head of this file tells."""
     match value:
         case torch.Tensor():
-            return _tensor(value, how)
+            return _tensor(value, format)
         case torch.dtype():
             return {"dtype": str(value).removeprefix("torch.")}
         case list() | tuple():
-            return [to_json(item, how) for item in value]
+            return [to_json(item, format) for item in value]
         case Mapping():
-            return _mapping(value, how)
+            return _mapping(value, format)
         case float() if not math.isfinite(value):
             return {"float": str(value)}
         case None | bool() | int() | float() | str():
@@ -103,15 +103,15 @@ def to_json(value: object, how: How) -> object:
             raise TypeError(f"a saved value of type {type(value).__name__}")
 
 
-def _mapping(value: Mapping[Any, object], how: How) -> dict[str, object]:
+def _mapping(value: Mapping[Any, object], format: ResultFormat) -> dict[str, object]:
     if all(isinstance(key, str) for key in value):
-        return {key: to_json(item, how) for key, item in value.items()}
-    return {"items": [[to_json(key, how), to_json(item, how)] for key, item in value.items()]}
+        return {key: to_json(item, format) for key, item in value.items()}
+    return {"items": [[to_json(key, format), to_json(item, format)] for key, item in value.items()]}
 
 
-def _tensor(tensor: torch.Tensor, how: How) -> dict[str, object]:
-    told: dict[str, object] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-    if tensor.nbytes > how.inline_bytes:
-        return {**told, "href": how.keep(safetensors.torch.save({"tensor": tensor.contiguous()}))}
+def _tensor(tensor: torch.Tensor, format: ResultFormat) -> dict[str, object]:
+    head: dict[str, object] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    if tensor.nbytes > format.inline_bytes:
+        return {**head, "href": format.keep(safetensors.torch.save({"tensor": tensor.contiguous()}))}
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return {**told, "data": base64.b64encode(data).decode()}
+    return {**head, "data": base64.b64encode(data).decode()}

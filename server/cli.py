@@ -59,12 +59,12 @@ def serve(arguments: Sequence[str]) -> None:
 def prepare(args: Namespace, defaults: dict[str, Any], refusal_file: str | None = None) -> None:
     """Put our worker, scheduler, plugin and limits into vLLM's arguments. Raises `EngineSettingError`."""
     from nnsight_vllm.frontend.settings import check_checkpoint, engine_arguments
-    from nnsight_vllm.server.limits import Limits
+    from nnsight_vllm.server.limits import ServerLimits
     from nnsight_vllm.server.tenants import Tenants
 
     _refuse_ways_of_serving(args)
     check_checkpoint(str(args.model))
-    limits = Limits.from_args(args)
+    limits = ServerLimits.from_args(args)
     args.intervention_tenants = Tenants.from_args(args)
     args.api_key = args.intervention_tenants.all_keys or None
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name)}

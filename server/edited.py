@@ -5,11 +5,8 @@ In a folder each is a file, which is whole or isn't there; without a folder they
 
 from __future__ import annotations
 
-import asyncio
-import difflib
 import hashlib
 import os
-import re
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -18,33 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pydantic
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from nnsight_vllm.errors import EngineSettingError, UnknownEditError
 from nnsight_vllm.graph.codec import digest
-from nnsight_vllm.server.bodies import read_body
-from nnsight_vllm.server.errors import Refused, documented
-from nnsight_vllm.server.schema import Closed, Intervention, refusal_of
-from nnsight_vllm.server.short import lower
-from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
-from nnsight_vllm.server.tensors import Deleted
-
-router = APIRouter(tags=["interventions"])
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PATH = "/v1/interventions/edits"
-_NEW = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["name", "intervention"],
-    "properties": {
-        "name": {"type": "string", "pattern": f"^{_NAME.pattern}$"},
-        "intervention": {"$ref": "#/components/schemas/Intervention"},
-    },
-}
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.names import nearest
+from nnsight_vllm.server.schema import Intervention
 
 
 @dataclass(frozen=True)
@@ -120,9 +96,7 @@ class EditedModels:
         return [*vllm_cards, *ours]
 
     def _unknown(self, tenant: str, name: str) -> Refused:
-        near = difflib.get_close_matches(name[:64], self._models.get(tenant, {}), n=3, cutoff=0.5)
-        nearest = f" (nearest: {', '.join(near)})" if near else ""
-        message = f"no edited model {name[:64]!r}{nearest}"
+        message = f"no edited model {name[:64]!r}{nearest(name, self._models.get(tenant, {}))}"
         return Refused(message, "name", status=HTTPStatus.NOT_FOUND, kind=UnknownEditError.__name__)
 
     def _load(self, directory: Path) -> None:
@@ -147,8 +121,8 @@ def _file_name(tenant: str, name: str) -> str:
 
 
 def _write(path: Path, tenant: str, model: EditedModel) -> None:
-    told = model.intervention.model_dump_json(exclude_unset=True)
-    data = msgspec.msgpack.encode(_File(tenant, model.name, told, model.tensors, model.references))
+    intervention = model.intervention.model_dump_json(exclude_unset=True)
+    data = msgspec.msgpack.encode(_File(tenant, model.name, intervention, model.tensors, model.references))
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".new")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -162,107 +136,11 @@ def _write(path: Path, tenant: str, model: EditedModel) -> None:
 
 
 def _read(path: Path) -> tuple[str, EditedModel]:
-    told = msgspec.msgpack.decode(path.read_bytes(), type=_File)
-    if path.name != _file_name(told.tenant, told.name):
-        raise ValueError(f"it is the file of another model, {told.name!r}")
-    for name, data in told.tensors.items():
+    file = msgspec.msgpack.decode(path.read_bytes(), type=_File)
+    if path.name != _file_name(file.tenant, file.name):
+        raise ValueError(f"it is the file of another model, {file.name!r}")
+    for name, data in file.tensors.items():
         if digest(data) != name:
             raise ValueError(f"the tensor {name} is damaged")
-    intervention = Intervention.model_validate_json(told.intervention)
-    return told.tenant, EditedModel(told.name, intervention, told.tensors, told.references)
-
-
-# -- routes --------------------------------------------------------------------------------------------------------------
-
-
-class _New(Closed):
-    name: str
-    intervention: Intervention
-
-
-class ToldModel(BaseModel):
-    """`model`: what clients call it. `tensors`: digests."""
-
-    name: str
-    model: str
-    tensors: list[str]
-
-
-class ShownModel(ToldModel):
-    intervention: Intervention
-
-
-class ToldModels(BaseModel):
-    data: list[ToldModel]
-
-
-@router.post(
-    _PATH,
-    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _NEW}}}},
-    responses={**documented(400, 404, 413, 429), 200: {"model": ToldModel}},
-)
-async def create_edited(raw_request: Request) -> JSONResponse:
-    """Make `BASE:name` a model, in the place of an earlier one of that name. Its tensors are those of now."""
-    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
-    with state.concurrent.enter(tenant):
-        body = await read_body(raw_request, state.limits.body_bytes)
-        model = await asyncio.to_thread(_made, state, tenant, body)
-        await asyncio.to_thread(state.edited.put, tenant, model, state.limits.edited_models)
-    return JSONResponse(_told(state, model))
-
-
-@router.get(_PATH, responses={**documented(), 200: {"model": ToldModels}})
-async def list_edited(raw_request: Request) -> JSONResponse:
-    """The tenant's edited models."""
-    state = interventions_of(raw_request)
-    return JSONResponse({"data": [_told(state, one) for one in state.edited.list(tenant_of(raw_request))]})
-
-
-@router.get(f"{_PATH}/{{name}}", responses={**documented(404), 200: {"model": ShownModel}})
-async def get_edited(name: str, raw_request: Request) -> JSONResponse:
-    """One of them, with its intervention."""
-    state = interventions_of(raw_request)
-    model = state.edited.known(tenant_of(raw_request), name)
-    intervention = model.intervention.model_dump(mode="json", exclude_unset=True)
-    return JSONResponse({**_told(state, model), "intervention": intervention})
-
-
-@router.delete(f"{_PATH}/{{name}}", responses={**documented(404), 200: {"model": Deleted}})
-async def delete_edited(name: str, raw_request: Request) -> JSONResponse:
-    """Forget one. Requests that run keep it."""
-    await asyncio.to_thread(interventions_of(raw_request).edited.delete, tenant_of(raw_request), name)
-    return JSONResponse({"deleted": True})
-
-
-def _told(state: Interventions, model: EditedModel) -> dict[str, Any]:
-    return {"name": model.name, "model": f"{state.base_names[0]}:{model.name}", "tensors": sorted(model.tensors)}
-
-
-def _made(state: Interventions, tenant: str, body: bytes) -> EditedModel:
-    try:
-        new = _New.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        found = error.errors()
-        raise refusal_of(dict(found[0]), len(found) - 1) from None
-    if not _NAME.fullmatch(new.name):
-        raise Refused(f"a name has 1 to 64 of A-Z a-z 0-9 . _ -; got {new.name[:80]!r}", "name")
-    if new.intervention.save:
-        raise Refused("an edited model saves nothing; a request that names it may", "intervention.save")
-    references: dict[str, str] = {}
-
-    def find(reference: str, param: str) -> tuple[str, bytes]:
-        try:
-            found = state.tensors.get(tenant, reference)
-        except Refused as error:
-            raise Refused(error.message, param, status=error.status, kind=error.kind) from None
-        references[reference] = found[0]
-        return found
-
-    # A prompt of one token and no end: any position may still come. What depends on more is told by each request.
-    lowered = lower(new.intervention, state.engine.tree, 1, None, find, state.limits.graph_nodes)
-    if lowered.names:
-        raise Refused("an edited model saves nothing; a request that names it may", "intervention.graph")
-    size, most = sum(map(len, lowered.tensors.values())), state.limits.constant_bytes
-    if size > most:
-        raise Refused(f"{size} bytes of constants; the limit is {most}", "intervention", kind="AdmissionError")
-    return EditedModel(new.name, new.intervention, dict(lowered.tensors), references)
+    intervention = Intervention.model_validate_json(file.intervention)
+    return file.tenant, EditedModel(file.name, intervention, file.tensors, file.references)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
+from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.server import journal, metrics
 
 
@@ -52,6 +54,21 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 class Failed(Refused):
     """The engine took the request, and its graph failed while it ran."""
+
+
+@contextmanager
+def refusing(param: str) -> Iterator[None]:
+    """Around what judges a part of the body: an error of ours becomes a `Refused` that says where."""
+    try:
+        yield
+    except NNsightError as error:
+        raise Refused(str(error), param, kind=type(error).__name__) from None
+
+
+def require_at_most(most: int, number: int, what: str, param: str | None) -> None:
+    """Raise `Refused` for more than a limit allows."""
+    if number > most:
+        raise Refused(f"{number} {what}; the limit is {most}", param, kind="AdmissionError")
 
 
 async def answer_refused(raw_request: Request, refused: Exception) -> JSONResponse:

@@ -12,14 +12,14 @@ from nnsight_vllm.graph.codec import from_json
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations, Op, Ref, Save
 from nnsight_vllm.graph.walk import constants_of, count_nodes, nodes_of
 from nnsight_vllm.server import metrics
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.errors import Refused, require_at_most
 from nnsight_vllm.server.schema import Intervention
-from nnsight_vllm.server.tensor_refs import Sent
+from nnsight_vllm.server.tensor_refs import TensorRefs
 from nnsight_vllm.trace.tree import Tree
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveForm:
     """How a saved value comes home: over iterations it is a list with an item for each."""
 
     over_iterations: bool
@@ -32,10 +32,10 @@ class Lowered:
 
     graph: Graph
     tensors: dict[str, bytes]
-    names: dict[str, Saved]
+    names: dict[str, SaveForm]
 
 
-def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: int) -> Lowered:
+def lower_full(intervention: Intervention, tree: Tree, refs: TensorRefs, max_nodes: int) -> Lowered:
     """The graph that the body holds, checked, with its tensors. Raises `Refused`."""
     param = "intervention.graph"
     try:
@@ -49,8 +49,8 @@ def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: in
             raise
         raise Refused(f"not an intervention graph: {error}", param) from None
     for name in sorted(constants_of(graph.body)):
-        sent.find(name, param)
-    sent.refuse_unused()
+        refs.find(name, param)
+    refs.refuse_unused()
     lists = _names_of(graph)
     for i, name in enumerate(intervention.stream):
         if name not in lists:
@@ -58,14 +58,13 @@ def lower_full(intervention: Intervention, tree: Tree, sent: Sent, max_nodes: in
                 f"the graph saves no {name[:64]!r}; it saves {sorted(lists)[:20]}", f"intervention.stream[{i}]"
             )
     streamed = frozenset(intervention.stream)
-    return Lowered(graph, sent.used, {name: Saved(over, name in streamed) for name, over in lists.items()})
+    return Lowered(graph, refs.used, {name: SaveForm(over, name in streamed) for name, over in lists.items()})
 
 
 def require_size(graph: Graph, most: int, param: str) -> None:
     """Count its nodes. Raises `Refused` for too many."""
     found = count_nodes(graph, most)
-    if found > most:
-        raise Refused(f"{found} nodes in a graph; the limit is {most}", param, kind="AdmissionError")
+    require_at_most(most, found, "nodes in a graph", param)
     metrics.count_nodes(found)
 
 
@@ -78,10 +77,9 @@ def _names_of(graph: Graph) -> dict[str, bool]:
     is_behind = False
     for node in graph.body.nodes:
         is_behind = is_behind or isinstance(node, Iterations)
-        for one in nodes_of(Block([node])):
-            if isinstance(one, Save):
-                is_filled = isinstance(one.value, Ref) and one.value.id in filled
-                found[one.name] = found.get(one.name, False) or is_behind or is_filled
+        for save in (one for one in nodes_of(Block([node])) if isinstance(one, Save)):
+            is_filled = isinstance(save.value, Ref) and save.value.id in filled
+            found[save.name] = found.get(save.name, False) or is_behind or is_filled
     return found
 
 

@@ -31,11 +31,11 @@ _OF_ENGINE = {
     "held_bytes_in_all": "held_bytes_in_all",
     "log_lines": "log_lines",
 }
-"""Names of `engine.limits.Limits`, and ours of the same."""
+"""Names of `wire.limits.Limits`, and ours of the same."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """Counts, bytes and seconds. Each is a positive integer; the flag of `graph_nodes` is `--max-graph-nodes`."""
 
     graph_nodes: int = _limit(100_000, "nodes of one graph")
@@ -64,7 +64,7 @@ class Limits:
     log_lines: int = _limit(10_000, "lines of logs of one request")
 
     @classmethod
-    def from_args(cls, args: Namespace) -> Limits:
+    def from_args(cls, args: Namespace) -> ServerLimits:
         """Of parsed arguments. Raises `EngineSettingError` that names the flag."""
         limits = cls(**{one.name: getattr(args, _dest(one.name)) for one in dataclasses.fields(cls)})
         for name, value in dataclasses.asdict(limits).items():
@@ -88,7 +88,7 @@ class Limits:
 
 def add_arguments(group: Any) -> None:
     """A flag for each limit, to an argparse group."""
-    for one in dataclasses.fields(Limits):
+    for one in dataclasses.fields(ServerLimits):
         group.add_argument(
             _flag(one.name),
             dest=_dest(one.name),

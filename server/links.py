@@ -27,7 +27,7 @@ class Linked:
     n: int
 
 
-Event = tuple[int, int]
+Moment = tuple[int, int]
 """A request and an iteration: the moment at which it may begin that."""
 
 
@@ -36,48 +36,49 @@ def check_links(requests: Sequence[Linked]) -> None:
     for i, request in enumerate(requests):
         _check_own(request, f"requests[{i}].links")
     makers = _makers(requests)
-    waits: dict[Event, set[Event]] = {}
-    for i, request in enumerate(requests):
-        for need in request.links.needs if request.links is not None else ():
-            if need.key not in makers:
-                raise Refused(f"no request of the trace makes {need.key!r}", f"requests[{i}].links.needs")
-            waits.setdefault((i, need.iteration), set()).add(makers[need.key])
+    needs = [(i, need) for i, one in enumerate(requests) if one.links is not None for need in one.links.needs]
+    waits: dict[Moment, set[Moment]] = {}
+    for i, need in needs:
+        if need.key not in makers:
+            raise Refused(f"no request of the trace makes {need.key!r}", f"requests[{i}].links.needs")
+        waits.setdefault((i, need.iteration), set()).add(makers[need.key])
     _refuse_circles(waits)
 
 
 def _check_own(request: Linked, param: str) -> None:
     """The links against the request's own graphs."""
-    links = request.links
-    if links is not None and (links.bundle or links.size):
+    links = request.links or Links()
+    if links.bundle or links.size:
         raise Refused("the server says which bundle it is", f"{param}.bundle")
-    if links is not None and request.graphs and links.program >= len(request.graphs):
+    if request.links is not None and request.graphs and links.program >= len(request.graphs):
         raise Refused(f"the request has {len(request.graphs)} graphs, no number {links.program}", f"{param}.program")
     for number, graph in enumerate(request.graphs):
-        exported = [node.key for node in graph.body.nodes if isinstance(node, Export)]
-        imported = [(node.key, node.iteration, node.id) for node in graph.body.nodes if isinstance(node, Import)]
-        if links is None or number != links.program:
-            if exported or imported:
-                raise Refused(
-                    f"graph {number} of the request exports or imports values that its links don't name", param
-                )
-            continue
-        if len(set(exported)) < len(exported) or len({key for key, _, _ in imported}) < len(imported):
-            raise Refused("a graph exports, and imports, each key once", param)
-        if sorted(links.makes) != sorted(exported):
-            raise Refused(
-                f"the graph exports {sorted(exported)[:8]}, the links make {sorted(links.makes)[:8]}", f"{param}.makes"
-            )
-        if sorted((need.key, need.iteration, need.node) for need in links.needs) != sorted(imported):
-            raise Refused("the links need other values than those that the graph imports", f"{param}.needs")
-    if links is not None and not request.graphs and (links.makes or links.needs):
+        if request.links is not None and number == links.program:
+            _check_graph(graph, links, param)
+        elif any(isinstance(node, Export | Import) for node in graph.body.nodes):
+            raise Refused(f"graph {number} of the request exports or imports values that its links don't name", param)
+    if not request.graphs and (links.makes or links.needs):
         raise Refused("a request without graphs makes and needs nothing", param)
-    if links is not None and links.makes and request.n > 1:
+    if links.makes and request.n > 1:
         raise Refused(f"values of a request with n={request.n} can't be another one's", param)
 
 
-def _makers(requests: Sequence[Linked]) -> dict[str, Event]:
+def _check_graph(graph: Graph, links: Links, param: str) -> None:
+    """The links against the graph that they are of."""
+    exported = [node.key for node in graph.body.nodes if isinstance(node, Export)]
+    imported = [(node.key, node.iteration, node.id) for node in graph.body.nodes if isinstance(node, Import)]
+    if len(set(exported)) < len(exported) or len({key for key, _, _ in imported}) < len(imported):
+        raise Refused("a graph exports, and imports, each key once", param)
+    if sorted(links.makes) != sorted(exported):
+        message = f"the graph exports {sorted(exported)[:8]}, the links make {sorted(links.makes)[:8]}"
+        raise Refused(message, f"{param}.makes")
+    if sorted((need.key, need.iteration, need.node) for need in links.needs) != sorted(imported):
+        raise Refused("the links need other values than those that the graph imports", f"{param}.needs")
+
+
+def _makers(requests: Sequence[Linked]) -> dict[str, Moment]:
     """By key, the request that makes the value, and the iteration that has to be over for it."""
-    found: dict[str, Event] = {}
+    found: dict[str, Moment] = {}
     for i, key, iteration in _exports(requests):
         if key in found:
             raise Refused(f"requests {found[key][0]} and {i} both make {key!r}", f"requests[{i}].links.makes")
@@ -90,32 +91,30 @@ def _makers(requests: Sequence[Linked]) -> dict[str, Event]:
 def _exports(requests: Sequence[Linked]) -> Iterator[tuple[int, str, int | None]]:
     for i, request in enumerate(requests):
         for graph in request.graphs:
-            now: int | None = 0  # the iteration at which the program stands; None: it never gets there
-            for node in graph.body.nodes:
-                if isinstance(node, Export):
-                    yield i, node.key, now
-                    continue
-                then = iteration_after([node])
-                if now is not None:
-                    now = then if then is None or isinstance(node, Iterations) else max(now, then)
+            yield from ((i, key, iteration) for key, iteration in _exported(graph))
 
 
-def _refuse_circles(waits: dict[Event, set[Event]]) -> None:
+def _exported(graph: Graph) -> Iterator[tuple[str, int | None]]:
+    now: int | None = 0  # the iteration at which the program stands; None: it never gets there
+    for node in graph.body.nodes:
+        if isinstance(node, Export):
+            yield node.key, now
+        elif now is not None:
+            then = iteration_after([node])
+            now = then if then is None or isinstance(node, Iterations) else max(now, then)
+
+
+def _refuse_circles(waits: dict[Moment, set[Moment]]) -> None:
     """`waits`: what has to be over before a request may begin an iteration."""
-    begins: dict[int, list[int]] = {}
-    for request, iteration in waits:
-        begins.setdefault(request, []).append(iteration)
-    order: TopologicalSorter[Event] = TopologicalSorter()
-    for request, iterations in begins.items():
-        iterations.sort()
-        for before, after in itertools.pairwise(iterations):
-            order.add((request, after), (request, before))
-    for event, until in waits.items():
-        for maker, iteration in until:
-            waited = begins.get(maker, [])
-            place = bisect.bisect_right(waited, iteration)
-            if place:
-                order.add(event, (maker, waited[place - 1]))
+    moments = sorted(waits)
+    order: TopologicalSorter[Moment] = TopologicalSorter()
+    for before, after in itertools.pairwise(moments):
+        if before[0] == after[0]:
+            order.add(after, before)
+    for moment, made in ((moment, made) for moment, until in waits.items() for made in until):
+        place = bisect.bisect_right(moments, made)  # behind the last moment up to it at which its maker waits itself
+        if place and moments[place - 1][0] == made[0]:
+            order.add(moment, moments[place - 1])
     try:
         order.prepare()
     except CycleError as error:

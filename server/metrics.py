@@ -48,7 +48,7 @@ def count_failed(kind: str) -> None:
     _failed.labels(kind).inc()
 
 
-class Refresh:
+class StatsRefresh:
     """Asks the engine what it ran, before its numbers are shown. `stats` may block."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:

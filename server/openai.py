@@ -7,7 +7,7 @@ into the chunks of a stream.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any
@@ -29,13 +29,14 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from nnsight_vllm.server import journal
+from nnsight_vllm.server.bodies import InterventionRoute
 from nnsight_vllm.server.edited import EditedModel
 from nnsight_vllm.server.errors import Refused, documented
-from nnsight_vllm.server.openai_run import Carried, current
-from nnsight_vllm.server.schema import Intervention, Judged
-from nnsight_vllm.server.state import interventions_of, tenant_of
+from nnsight_vllm.server.openai_run import OpenAIRun, current
+from nnsight_vllm.server.schema import Intervention
+from nnsight_vllm.server.state import state_of, tenant_of
 
-router = APIRouter(route_class=Judged)
+router = APIRouter(route_class=InterventionRoute)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
@@ -78,7 +79,7 @@ async def create_responses(request: ResponseWithIntervention, raw_request: Reque
 async def show_available_models(raw_request: Request) -> Any:
     """The served models, and the tenant's edited ones."""
     known = (await models(raw_request).show_available_models()).model_dump()
-    state = interventions_of(raw_request)
+    state = state_of(raw_request)
     known["data"] = state.edited.cards(tenant_of(raw_request), state.base_names, known["data"])
     return JSONResponse(content=known)
 
@@ -98,58 +99,59 @@ Route = Callable[[Any, Request], Awaitable[Any]]
 
 
 async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
-    edited = _edited_model(request, raw_request)
+    edited = _edited_model(request.model, raw_request)
     if request.intervention is None and edited is None:
         return await route(request, raw_request)
     if getattr(request, "use_beam_search", False):
         raise Refused("beam search can't go with an intervention", "use_beam_search")
     if getattr(request, "background", False):
         raise Refused("a response in the background can't have an intervention", "background")
-    named, state, tenant = request.model, interventions_of(raw_request), tenant_of(raw_request)
-    if edited is not None:
-        request.model = state.base_names[0]
-    carried = Carried(state, tenant, request.intervention, edited)
-    is_taken = False
-    running = ExitStack()
-    running.enter_context(state.concurrent.enter(tenant))
-    running.callback(journal.timed(lambda: carried.entry(raw_request.url.path)))
-    current.set(carried)  # for all that this request still does: some handlers only call the engine while they stream
-    try:
-        await carried.read()
-        response = await route(request, raw_request)
+    state, tenant = state_of(raw_request), tenant_of(raw_request)
+    run = OpenAIRun(state, tenant, request.intervention, edited)
+    with ExitStack() as running:
+        running.enter_context(state.concurrent.enter(tenant))
+        running.callback(journal.timed(lambda: run.entry(raw_request.url.path)))
+        named = None
+        if edited is not None:
+            named, request.model = request.model, state.base_names[0]
+        response = await _run(run, route, request, raw_request, named)
         if isinstance(response, StreamingResponse):
-            events = await _begun(carried, response.body_iterator)
-            response.body_iterator = _events_with(carried, events, named if edited else None)
-            is_taken = True
-            return _Closing(response, running.close)
-        if isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
-            carried.require_run()
-            return _with_values(carried, response, named if edited else None)
-        if carried.refusal is not None:  # vLLM may have made an answer of it that doesn't say where
-            raise carried.refusal
+            return _Closing(response, running.pop_all().close)
         return response
-    finally:
-        if not is_taken:
-            running.close()
 
 
-def _edited_model(request: Any, raw_request: Request) -> EditedModel | None:
-    """The edited model that the request names, as `BASE:name`."""
-    state = interventions_of(raw_request)
-    if not request.model or request.model in state.base_names:
+async def _run(run: OpenAIRun, route: Route, request: Any, raw_request: Request, named: str | None) -> Any:
+    """vLLM's answer with the values in it, and with the edited model's name. Raises `Refused`."""
+    current.set(run)  # for all that this request still does: some handlers only call the engine while they stream
+    await run.read()
+    response = await route(request, raw_request)
+    if isinstance(response, StreamingResponse):
+        first = await _begun(run, response.body_iterator)
+        response.body_iterator = _events_with(run, first, response.body_iterator, named)
+        return response
+    if isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
+        run.require_run()
+        return _with_values(run, response, named)
+    if run.refusal is not None:  # vLLM may have made an answer of it that doesn't say where
+        raise run.refusal
+    return response
+
+
+def _edited_model(model: str | None, raw_request: Request) -> EditedModel | None:
+    """The edited model that a request names, as `BASE:name`."""
+    state = state_of(raw_request)
+    if not model or model in state.base_names:
         return None
-    for base in state.base_names:
-        if request.model.startswith(f"{base}:"):
-            return state.edited.get(tenant_of(raw_request), request.model.removeprefix(f"{base}:"))
-    return None
+    base = next((base for base in state.base_names if model.startswith(f"{base}:")), None)
+    return None if base is None else state.edited.get(tenant_of(raw_request), model.removeprefix(f"{base}:"))
 
 
 # -- putting values into answers -----------------------------------------------------------------------------------------
 
 
-def _with_values(carried: Carried, response: JSONResponse, named: str | None) -> JSONResponse:
+def _with_values(run: OpenAIRun, response: JSONResponse, named: str | None) -> JSONResponse:
     body = json.loads(bytes(response.body))
-    _put(carried, body)
+    _put(run, body)
     if named is not None and "model" in body:
         body["model"] = named
     headers = {
@@ -158,19 +160,18 @@ def _with_values(carried: Carried, response: JSONResponse, named: str | None) ->
     return JSONResponse(body, status_code=response.status_code, headers=headers, background=response.background)
 
 
-def _put(carried: Carried, body: dict[str, Any]) -> None:
+def _put(run: OpenAIRun, body: dict[str, Any]) -> None:
     """Into each choice of an answer or of a chunk, or into a response, what is there for it."""
-    if "choices" in body:
-        for choice in body["choices"]:
-            if not _is_opening(choice):
-                _put_one(carried, choice, choice["index"])
-    elif body.get("object") == "response":
-        _put_one(carried, body, 0)
+    if "choices" not in body and body.get("object") == "response":
+        _put_one(run, body, 0)
+    for choice in body.get("choices", ()):
+        if not _is_opening(choice):
+            _put_one(run, choice, choice["index"])
 
 
-def _put_one(carried: Carried, into: dict[str, Any], number: int) -> None:
-    told = carried.told.get(number)
-    found = None if told is None else told.take()
+def _put_one(run: OpenAIRun, into: dict[str, Any], number: int) -> None:
+    results = run.results.get(number)
+    found = None if results is None else results.take()
     if found is not None:
         into["intervention"] = found
 
@@ -181,50 +182,49 @@ def _is_opening(choice: dict[str, Any]) -> bool:
     return delta is not None and "role" in delta and not delta.get("content") and choice.get("finish_reason") is None
 
 
-async def _begun(carried: Carried, events: Any) -> AsyncGenerator[Any, None]:
-    """The events, once the request was taken. Raises `Refused` while the answer can still be an error."""
-    held: list[Any] = []
+async def _begun(run: OpenAIRun, events: Any) -> list[Any]:
+    """The first events, until the request was taken. Raises `Refused` while the answer can still be an error."""
     try:
-        async for event in events:
-            held.append(event)
-            if carried.is_admitted:
-                break
-        if carried.refusal is not None:
-            raise carried.refusal
+        first = await _first_events(run, events)
+        if run.refusal is not None:
+            raise run.refusal
     except BaseException:  # the answer never begins, so nobody else ends what the engine has begun
         await events.aclose()
         raise
-
-    async def all_of_them() -> AsyncGenerator[Any, None]:
-        try:
-            for event in held:
-                yield event
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-
-    return all_of_them()
+    return first
 
 
-async def _events_with(carried: Carried, events: Any, named: str | None) -> AsyncIterator[str | bytes]:
+async def _first_events(run: OpenAIRun, events: Any) -> list[Any]:
+    first = []
+    async for event in events:
+        first.append(event)
+        if run.is_admitted:
+            break
+    return first
+
+
+async def _events_with(
+    run: OpenAIRun, first: list[Any], events: Any, named: str | None
+) -> AsyncGenerator[str | bytes, None]:
     try:
+        for event in first:
+            yield _event_with(run, event, named)
         async for event in events:
-            yield _event_with(carried, event, named) if isinstance(event, str) else event
-        carried.require_run()
+            yield _event_with(run, event, named)
+        run.require_run()
     finally:
         await events.aclose()
 
 
-def _event_with(carried: Carried, event: str, named: str | None) -> str:
-    head, mark, data = event.partition("data: ")
+def _event_with(run: OpenAIRun, event: str | bytes, named: str | None) -> str | bytes:
+    head, mark, data = event.partition("data: ") if isinstance(event, str) else ("", "", "")
     if not mark or not data.startswith("{"):
         return event  # the end's mark, or a sign of life
     body = json.loads(data)
     response = body.get("response") if body.get("type") == "response.completed" else None
     if body.get("type") == "response.output_text.delta":
-        _put_one(carried, body, 0)
-    _put(carried, body if response is None else response)
+        _put_one(run, body, 0)
+    _put(run, body if response is None else response)
     for place in (body, body.get("response")):
         if named is not None and isinstance(place, dict) and "model" in place:
             place["model"] = named

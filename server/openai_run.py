@@ -14,32 +14,32 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.frontend.served_engine import Heard
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.server import metrics
-from nnsight_vllm.server.answers import How, Told
+from nnsight_vllm.server.answers import ChoiceResults, ResultFormat
 from nnsight_vllm.server.edited import EditedModel
-from nnsight_vllm.server.errors import Failed, Refused
+from nnsight_vllm.server.errors import Failed, Refused, refusing, require_at_most
+from nnsight_vllm.server.full import Lowered
 from nnsight_vllm.server.schema import Intervention
-from nnsight_vllm.server.short import Lowered, lower
-from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.server.short import lower
+from nnsight_vllm.server.state import ServerState
 from nnsight_vllm.trace.backend import Prompt, Request
 from nnsight_vllm.wire.extras import KEY
 
 RESULTS = "/v1/interventions/results"
 
-current: ContextVar[Carried | None] = ContextVar("carried", default=None)
+current: ContextVar[OpenAIRun | None] = ContextVar("openai_run", default=None)
 
 
-class Carried:
+class OpenAIRun:
     """The intervention of a request, the edited model that it names, or both. `tenant`: whose it is."""
 
     def __init__(
-        self, state: Interventions, tenant: str, intervention: Intervention | None, edited: EditedModel | None
+        self, state: ServerState, tenant: str, intervention: Intervention | None, edited: EditedModel | None
     ) -> None:
-        self.told: dict[int, Told] = {}  # by the number of the choice
+        self.results: dict[int, ChoiceResults] = {}  # by the number of the choice
         self._state = state
         self._tenant = tenant
         self._intervention = intervention
@@ -49,18 +49,18 @@ class Carried:
         self._num_due = 0  # prompts that weren't judged yet
         self._ids: list[str] = []
         self._failure = ""
-        self._whole: Lowered | None = None  # a graph that doesn't depend on the prompt
+        self._full_form: Lowered | None = None  # a graph that doesn't depend on the prompt
 
     async def read(self) -> None:
         """Read a whole graph once, on a thread: a large one takes a while. Raises `Refused`."""
         if self._intervention is not None and self._intervention.graph is not None:
-            self._whole = await asyncio.to_thread(self._own, self._intervention, 0, None)
+            self._full_form = await asyncio.to_thread(self._own, self._intervention, 0, None)
 
     def entry(self, route: str) -> dict[str, object] | None:
         """What the journal tells of it when it's over. `left`: its client went before the end. None for what was refused."""
         if not self._ids:
             return None
-        over = sum(told.is_over for told in self.told.values())
+        over = sum(results.is_over for results in self.results.values())
         outcome = self._failure or ("answered" if over == self._num_choices else "left")
         return {
             "id": ",".join(self._ids),
@@ -95,45 +95,46 @@ class Carried:
         self, generate: Callable[..., AsyncGenerator[Any, None]], prompt: Any, params: Any, id: str, first: int
     ) -> AsyncGenerator[Any, None]:
         try:
-            request, tensors, lowered = await asyncio.to_thread(self._taken, prompt, params)
+            request, tensors, lowered = await asyncio.to_thread(self._admitted, prompt, params)
         except Refused as error:
             self.refusal = error
             raise
         self._num_due -= 1
         metrics.count_request(request.graphs)
         self._ids.append(id)
-        how = How(
-            frozenset(name for name, saved in lowered.names.items() if saved.over_iterations)
-            if lowered
-            else frozenset(),
-            frozenset(name for name, saved in lowered.names.items() if saved.stream) if lowered else frozenset(),
+        format = self._format(lowered)
+        async with aclosing(self._state.engine.carried(generate, id, request, tensors)) as heard_ones:
+            async for heard in heard_ones:
+                self._collect(heard, format, first)
+                yield heard.output
+
+    def _format(self, lowered: Lowered | None) -> ResultFormat:
+        names = lowered.names if lowered is not None else {}
+        return ResultFormat(
+            frozenset(name for name, form in names.items() if form.over_iterations),
+            frozenset(name for name, form in names.items() if form.stream),
             self._state.limits.inline_result_bytes,
             self._keep,
         )
-        async with aclosing(self._state.engine.carried(generate, id, request, tensors)) as heard_ones:
-            async for heard in heard_ones:
-                if heard.failure is not None:
-                    metrics.count_failed(heard.failure.kind)
-                    self._failure = heard.failure.kind
-                    raise failed(heard.failure)
-                self._tell(heard, how, first)
-                yield heard.output
 
-    def _tell(self, heard: Heard, how: How, first: int) -> None:
+    def _collect(self, heard: Heard, format: ResultFormat, first: int) -> None:
+        """Keep what a step brought for the answer. Raises `Failed`."""
+        if heard.failure is not None:
+            metrics.count_failed(heard.failure.kind)
+            self._failure = heard.failure.kind
+            raise failed(heard.failure)
         for sample, fresh in heard.fresh.items():
-            self.told.setdefault(first + sample, Told(how)).add(fresh)
+            self.results.setdefault(first + sample, ChoiceResults(format)).add(fresh)
         for completion in heard.output.outputs:
-            told = self.told.setdefault(first + completion.index, Told(how))
-            told.is_over = completion.finish_reason is not None
-            told.is_stopped = completion.index in heard.stopped
+            results = self.results.setdefault(first + completion.index, ChoiceResults(format))
+            results.is_over = completion.finish_reason is not None
+            results.is_stopped = completion.index in heard.stopped
 
-    def _taken(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
+    def _admitted(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
         """On a thread, since a large graph takes seconds. Raises `Refused`."""
         request, tensors, lowered = self._lowered(prompt, params)
-        try:
+        with refusing("intervention"):
             self._state.engine.admit(request, tensors)
-        except NNsightError as error:
-            raise refused(error) from error
         return request, tensors, lowered
 
     def _lowered(self, prompt: Any, params: Any) -> tuple[Request, dict[str, bytes], Lowered | None]:
@@ -148,13 +149,10 @@ class Carried:
             edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
         own = None
         if self._intervention is not None:
-            own = self._whole or self._own(self._intervention, rows, params.max_tokens)
+            own = self._full_form or self._own(self._intervention, rows, params.max_tokens)
             tensors = {**tensors, **own.tensors}
-        size, most_bytes = sum(map(len, tensors.values())), self._state.limits.constant_bytes
-        if size > most_bytes:
-            raise Refused(
-                f"{size} bytes of constants; the limit is {most_bytes}", "intervention", kind="AdmissionError"
-            )
+        size = sum(map(len, tensors.values()))
+        require_at_most(self._state.limits.constant_bytes, size, "bytes of constants", "intervention")
         request = Request(
             Prompt(rows, prompt.get("prompt"), prompt),
             params,
@@ -166,8 +164,9 @@ class Carried:
         return request, tensors, own
 
     def _own(self, intervention: Intervention, rows: int, max_tokens: int | None) -> Lowered:
+        tensor_of = partial(self._state.tensors.get, self._tenant)
         tree, most = self._state.engine.tree, self._state.limits.graph_nodes
-        return lower(intervention, tree, rows, max_tokens, self._tensor_of, most)
+        return lower(intervention, tree, rows, max_tokens, tensor_of, most)
 
     def _standing(self, edited: EditedModel, rows: int, max_tokens: int | None) -> Lowered:
         tree, most = self._state.engine.tree, self._state.limits.graph_nodes
@@ -177,13 +176,6 @@ class Carried:
             message = f"the edit {edited.name!r} can't go with this request: {error.param}: {error.message}"
             raise Refused(message, "model", status=error.status, kind=error.kind) from None
 
-    def _tensor_of(self, reference: str, param: str) -> tuple[str, bytes]:
-        """The tenant's tensor. Raises `Refused` with the place where it is named."""
-        try:
-            return self._state.tensors.get(self._tenant, reference)
-        except Refused as error:
-            raise Refused(error.message, param, status=error.status, kind=error.kind) from None
-
     def _keep(self, data: bytes) -> str:
         return f"{RESULTS}/{self._state.results.add(self._tenant, data)}"
 
@@ -192,15 +184,10 @@ def generate_with_graphs(generate: Callable[..., Any], prompt: Any, params: Any,
     """In the place of the engine client's `generate`. Without an intervention it's vLLM's own call."""
     if getattr(params, "extra_args", None) and any(str(name).startswith(KEY) for name in params.extra_args):
         raise Refused(f"fields that begin with {KEY!r} are the server's own", "vllm_xargs")
-    carried = current.get()
-    if carried is None:
+    run = current.get()
+    if run is None:
         return generate(prompt, params, id, **rest)
-    return carried.generate(partial(generate, **rest), prompt, params, id)
-
-
-def refused(error: NNsightError) -> Refused:
-    """An error of ours, for a stranger."""
-    return Refused(str(error), "intervention", kind=type(error).__name__)
+    return run.generate(partial(generate, **rest), prompt, params, id)
 
 
 def failed(failure: Failure) -> Failed:

@@ -16,13 +16,13 @@ from starlette.datastructures import State
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.frontend.served_engine import ServedEngine
-from nnsight_vllm.server import edited, metrics, openai, results, tensors, traces
+from nnsight_vllm.server import edited_routes, metrics, openai, result_routes, tensor_routes, traces
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused
-from nnsight_vllm.server.limits import Concurrent, Limits
+from nnsight_vllm.server.limits import Concurrent, ServerLimits
 from nnsight_vllm.server.openai_run import generate_with_graphs
 from nnsight_vllm.server.results import ResultStore
-from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.server.state import ServerState
 from nnsight_vllm.server.tenants import Tenants
 from nnsight_vllm.server.tensors import TensorStore
 from nnsight_vllm.trace.source import hide_lines
@@ -52,24 +52,24 @@ class Plugin:
             raise EngineSettingError(
                 "interventions are served by `nnsight-vllm serve`, which takes what `vllm serve` takes"
             )
-        refresh = metrics.Refresh(lambda: app.state.interventions.engine.stats())
+        refresh = metrics.StatsRefresh(lambda: app.state.interventions.engine.stats())
         for route in app.routes:
             if isinstance(route, APIRoute) and "POST" in route.methods:
                 _first(route, openai.refuse_field)
             elif isinstance(route, APIRoute) and route.path == "/metrics":
                 _first(route, refresh)
-        for module in (openai, tensors, results, edited, traces):
+        for module in (openai, tensor_routes, result_routes, edited_routes, traces):
             app.include_router(module.router, dependencies=[Depends(_hide_lines)])
         app.exception_handler(Refused)(answer_refused)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Find out what the engine has, and stand between vLLM's handlers and it."""
-        limits = Limits.from_args(args)
+        limits = ServerLimits.from_args(args)
         tenants: Tenants = args.intervention_tenants
         loop, thread = asyncio.get_running_loop(), threading.current_thread()
         engine = await asyncio.to_thread(ServedEngine, engine_client, loop, thread, limits.stored_bytes_in_all)
         engine_client.generate = functools.partial(generate_with_graphs, engine_client.generate)
-        state.interventions = Interventions(
+        state.interventions = ServerState(
             engine=engine,
             base_names=list(args.served_model_name or [args.model]),
             limits=limits,

@@ -14,17 +14,17 @@ from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.schema import PositionRange, Word
 
 LAST = slice(-1, None)
-Rows = slice | list[int] | None
+RowIndex = slice | list[int] | None
 
 
 @dataclass(frozen=True)
-class Part:
+class SelectedRows:
     """Rows at iterations `first, first + step, ...` below `stop` (None: no end). `rows` None: all; a list of them rises."""
 
     first: int
     stop: int | None
     step: int = 1
-    rows: Rows = None
+    rows: RowIndex = None
 
     def starts(self, begin: int) -> int:
         """Its first iteration from `begin` on."""
@@ -37,16 +37,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """`over_iterations`: not the prompt alone. `is_single`: one row at each iteration."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SelectedRows, ...]
     over_iterations: bool
     is_single: bool
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ActionBlock:
     """A block of the graph: iterations `start, start + step, ...` below `stop`, and what is done in it, by the number of the action.
 
     A part whose step isn't 1 is done at its own iterations only.
@@ -55,7 +55,7 @@ class Stretch:
     start: int
     stop: int | None
     step: int
-    actions: tuple[tuple[int, Part], ...]
+    actions: tuple[tuple[int, SelectedRows], ...]
 
 
 def choose(
@@ -65,19 +65,19 @@ def choose(
     has_one_row: bool,
     is_save: bool,
     param: str,
-) -> Chosen:
+) -> Selection:
     """The positions in a prompt of `rows` tokens. Raises `Refused` where the site has no row, or a save would wait in vain.
 
     An edit may name positions that never come: an edited model's are the same for prompts of every length.
     """
     if positions == "all":
-        return Chosen((Part(0, None),), True, has_one_row)
+        return Selection((SelectedRows(0, None),), True, has_one_row)
     if positions == "last":
-        return Chosen((Part(0, None, rows=LAST),), True, True)
+        return Selection((SelectedRows(0, None, rows=LAST),), True, True)
     if positions == "prompt":
-        return Chosen((Part(0, 1),), False, has_one_row)
+        return Selection((SelectedRows(0, 1),), False, has_one_row)
     if positions == "generated":
-        return Chosen((Part(1, None),), True, True)
+        return Selection((SelectedRows(1, None),), True, True)
     before = rows - 1 if has_one_row else 0  # positions without a row
     last = rows + max_tokens - 2 if is_save and max_tokens is not None else None
     if isinstance(positions, PositionRange):
@@ -85,18 +85,18 @@ def choose(
     return _list(sorted(set(map(int, positions))), rows, before, last, has_one_row, param)
 
 
-def _list(positions: list[int], rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Chosen:
+def _list(positions: list[int], rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Selection:
     if positions[0] < before:
         raise Refused(f"there is one row an iteration here, the first at position {before}; got {positions[0]}", param)
     _refuse_late(positions[-1], last, param)
     in_prompt = [p - before for p in positions if p < rows]
     later = [p - rows + 1 for p in positions if p >= rows]
-    parts = [Part(0, 1, rows=_as_slice(in_prompt))] if in_prompt else []
-    parts += [Part(start, stop) for start, stop in _runs(later)]
-    return Chosen(tuple(parts), bool(later), has_one_row or not in_prompt)
+    parts = [SelectedRows(0, 1, rows=_as_slice(in_prompt))] if in_prompt else []
+    parts += [SelectedRows(start, stop) for start, stop in _runs(later)]
+    return Selection(tuple(parts), bool(later), has_one_row or not in_prompt)
 
 
-def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Chosen:
+def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Selection:
     start = asked.start + max(0, -((asked.start - before) // asked.step)) * asked.step  # the first that has a row
     if asked.stop is not None and start >= asked.stop:
         raise Refused(f"there is one row an iteration here, the first at position {before}", param)
@@ -104,13 +104,13 @@ def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_o
     parts = []
     if start < rows:
         stop = rows if asked.stop is None else min(asked.stop, rows)
-        parts.append(Part(0, 1, rows=slice(start - before, stop - before, asked.step)))
+        parts.append(SelectedRows(0, 1, rows=slice(start - before, stop - before, asked.step)))
     later = start if start >= rows else rows + (start - rows) % asked.step
     is_later = asked.stop is None or later < asked.stop
     if is_later:
         end = None if asked.stop is None else asked.stop - rows + 1
-        parts.append(Part(later - rows + 1, end, asked.step))
-    return Chosen(tuple(parts), is_later, has_one_row or start >= rows)
+        parts.append(SelectedRows(later - rows + 1, end, asked.step))
+    return Selection(tuple(parts), is_later, has_one_row or start >= rows)
 
 
 def _refuse_late(position: int, last: int | None, param: str) -> None:
@@ -118,7 +118,7 @@ def _refuse_late(position: int, last: int | None, param: str) -> None:
         raise Refused(f"position {position} never comes: with this prompt and max_tokens the last is {last}", param)
 
 
-def _as_slice(rows: list[int]) -> Rows:
+def _as_slice(rows: list[int]) -> RowIndex:
     """As a slice where they are evenly spaced: that is a view."""
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     even = range(rows[0], rows[-1] + 1, step)
@@ -141,12 +141,12 @@ def refuse_many(found: int, most: int) -> None:
         raise Refused(message, "intervention", kind="AdmissionError")
 
 
-def stretches(chosen: Sequence[Chosen], max_tokens: int | None, most: int) -> Iterator[Stretch]:
+def action_blocks(chosen: Sequence[Selection], max_tokens: int | None, most: int) -> Iterator[ActionBlock]:
     """The blocks that hold all parts that run, one after the other; as few as can be. Raises `Refused` above `most` actions in all."""
     parts = [(i, part) for i, one in enumerate(chosen) for part in one.parts]
     marks = sorted({mark for _, part in parts for mark in (part.first, part.stop) if mark is not None})
     waiting = sorted(parts, key=lambda one: -one[1].first)
-    live: list[tuple[int, Part]] = []
+    live: list[tuple[int, SelectedRows]] = []
     found = 0
     for begin, end in zip_longest(marks, marks[1:]):
         live = [one for one in live if one[1].stop is None or one[1].stop > begin]
@@ -160,9 +160,11 @@ def stretches(chosen: Sequence[Chosen], max_tokens: int | None, most: int) -> It
             yield stretch
 
 
-def _stretch(begin: int, end: int | None, active: list[tuple[int, Part]]) -> Stretch:
+def _stretch(begin: int, end: int | None, active: list[tuple[int, SelectedRows]]) -> ActionBlock:
     paces = {(part.starts(begin), part.step if end != begin + 1 else 1) for _, part in active}
     if len(paces) == 1:
         ((start, step),) = paces
-        return Stretch(start, end, step, tuple((i, Part(start, end, 1, part.rows)) for i, part in active))
-    return Stretch(begin, end, 1, tuple((i, Part(part.starts(begin), end, part.step, part.rows)) for i, part in active))
+        return ActionBlock(start, end, step, tuple((i, SelectedRows(start, end, 1, part.rows)) for i, part in active))
+    return ActionBlock(
+        begin, end, 1, tuple((i, SelectedRows(part.starts(begin), end, part.step, part.rows)) for i, part in active)
+    )

@@ -5,19 +5,9 @@ Only shapes and types are judged here. What the model, the prompt's length and t
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
-from starlette.responses import Response
-
-from nnsight_vllm.server.bodies import read_body, replayed
-from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.state import interventions_of
 
 MAX_ACTIONS = 1024  # edits, saves, positions of a list
 MAX_INLINE = 8 << 20  # characters of base64 in an inline tensor
@@ -26,7 +16,7 @@ _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]+$"
 
 Word = Literal["all", "prompt", "generated", "last"]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Position = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+TokenPosition = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 class Closed(BaseModel):
@@ -36,8 +26,10 @@ class Closed(BaseModel):
 class PositionRange(Closed):
     """Positions `start, start + step, ...` below `stop`."""
 
-    start: Position = Field(default=0, description="The first position.")
-    stop: Position | None = Field(default=None, description="The end, not included; none: as long as the request runs.")
+    start: TokenPosition = Field(default=0, description="The first position.")
+    stop: TokenPosition | None = Field(
+        default=None, description="The end, not included; none: as long as the request runs."
+    )
     step: Annotated[int, Field(ge=1, lt=2**31, strict=True)] = Field(
         default=1, description="The distance between positions."
     )
@@ -71,7 +63,7 @@ Tensor = Annotated[
 ]
 Positions = Annotated[
     Annotated[Word, Tag("(text)")]
-    | Annotated[list[Position], Field(min_length=1, max_length=MAX_ACTIONS), Tag("(list)")]
+    | Annotated[list[TokenPosition], Field(min_length=1, max_length=MAX_ACTIONS), Tag("(list)")]
     | Annotated[PositionRange, Tag("(object)")],
     Discriminator(_kind_of),
 ]
@@ -172,7 +164,7 @@ class SaeClamp(_Edit):
     value: Number = Field(description="What the feature is set to.")
 
 
-Edit = Annotated[
+EditSpec = Annotated[
     Add | Scale | Set | Ablate | ProjectOut | Clamp | NormAdd | LowRank | SaeClamp, Field(discriminator="op")
 ]
 OPERATIONS = ("add", "scale", "set", "ablate", "project_out", "clamp", "norm_add", "low_rank", "sae_clamp")
@@ -215,7 +207,7 @@ class Intervention(Closed):
 
     model_config = ConfigDict(json_schema_extra={"examples": _EXAMPLES})
 
-    edits: list[Edit] = Field(default=[], max_length=MAX_ACTIONS, description="Applied in this order.")
+    edits: list[EditSpec] = Field(default=[], max_length=MAX_ACTIONS, description="Applied in this order.")
     save: list[SaveSpec] = Field(default=[], max_length=MAX_ACTIONS, description="Values to send home.")
     graph: dict[str, Any] | None = Field(
         default=None, description="A whole graph, as `nv.record` and `to_json` print it."
@@ -236,81 +228,3 @@ class Intervention(Closed):
         if self.graph is None and self.stream:
             raise ValueError("`stream` is for the names of a `graph`; an entry of `save` has its own")
         return self
-
-
-# -- what is told where a body doesn't fit -------------------------------------------------------------------------------
-
-
-class Judged(APIRoute):
-    """A route whose bodies may have our field: what is wrong in it is told with a path into it, all else as vLLM tells it.
-
-    A body that is too long is given up before it's read.
-
-    Not an exception handler of the app: vLLM has one for the same error, and it closes the list before `init_state`.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's, with errors in our field told in our words."""
-        handle = super().get_route_handler()
-
-        async def judge(request: Request) -> Response:
-            body = await read_body(request, interventions_of(request).limits.body_bytes)
-            try:
-                return await handle(Request(request.scope, replayed(body, request.receive)))
-            except RequestValidationError as error:
-                found = [one for one in error.errors() if "intervention" in one["loc"]]
-                if not found:
-                    raise
-                raise refusal_of(found[0], len(found) - 1) from error
-
-        return judge
-
-
-def refusal_of(error: dict[str, Any], num_more: int = 0) -> Refused:
-    """Pydantic's error, for a stranger."""
-    param, message = path_of(error["loc"]), str(error["msg"]).removeprefix("Value error, ")
-    got, near = error.get("input"), ""
-    if error["type"] == "union_tag_invalid":
-        param, got = f"{param}.op", got.get("op") if isinstance(got, dict) else got
-        message, near = f"expected one of {', '.join(OPERATIONS)}", _near(got, OPERATIONS)
-    elif error["type"] == "union_tag_not_found":
-        param, message = f"{param}.op", f"expected one of {', '.join(OPERATIONS)}"
-    elif error["type"] == "literal_error":
-        message = f"expected {error['ctx']['expected']}"
-        near = _near(got, str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
-    elif error["type"] == "extra_forbidden":
-        message = "there is no such field"
-    elif error["type"] == "missing":
-        message = "a field is missing here"
-    elif error["type"] == "string_pattern_mismatch":
-        message = "expected text without control characters"
-    if error["type"] != "missing":
-        message += f"; got {_shown(got)}{near}"
-    return Refused(message + (f" (and {num_more} more errors)" if num_more else ""), param)
-
-
-def path_of(loc: tuple[str | int, ...]) -> str:
-    """A path as a client would write it, without what pydantic adds for the branches of unions."""
-    return "".join(_steps(loc)).lstrip(".")[:200]
-
-
-def _steps(loc: tuple[str | int, ...]) -> Iterator[str]:
-    for i, part in enumerate(loc):
-        is_branch = str(part).startswith("(") or (i > 1 and loc[i - 2] == "edits" and isinstance(loc[i - 1], int))
-        if isinstance(part, int):
-            yield f"[{part}]"
-        elif i and loc[i - 1] == "tensors":
-            yield f"[{part!r}]"
-        elif part not in ("body", "[key]") and not is_branch:
-            yield f".{part}"
-
-
-def _near(got: object, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(got[:64], known, n=3, cutoff=0.5) if isinstance(got, str) else []
-    return f" (nearest: {', '.join(near)})" if near else ""
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list | dict | BaseModel):
-        return {list: "a list", dict: "an object"}.get(type(value), "an object")
-    return f"{value!r:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

@@ -13,7 +13,6 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
 
 from nnsight_vllm import edits
@@ -24,13 +23,21 @@ from nnsight_vllm.graph.nodes import Save
 from nnsight_vllm.graph.walk import constants_of
 from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.full import Lowered, Saved, lower_full, refused_at, require_size
-from nnsight_vllm.server.positions import Chosen, Part, Rows, Stretch, choose, refuse_many, stretches
+from nnsight_vllm.server.full import Lowered, SaveForm, lower_full, refused_at, require_size
+from nnsight_vllm.server.positions import (
+    ActionBlock,
+    RowIndex,
+    SelectedRows,
+    Selection,
+    action_blocks,
+    choose,
+    refuse_many,
+)
 from nnsight_vllm.server.schema import (
     Ablate,
     Add,
     Clamp,
-    Edit,
+    EditSpec,
     Intervention,
     LowRank,
     NormAdd,
@@ -41,7 +48,8 @@ from nnsight_vllm.server.schema import (
     Set,
 )
 from nnsight_vllm.server.sitenames import find_site
-from nnsight_vllm.server.tensor_refs import Sent, TensorOf
+from nnsight_vllm.server.tensor_bytes import header_of
+from nnsight_vllm.server.tensor_refs import TensorOf, TensorRefs
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.iterations import IterationBlock
 from nnsight_vllm.trace.places import SINGLE_ROW
@@ -49,8 +57,6 @@ from nnsight_vllm.trace.recorder import Recorder, current
 from nnsight_vllm.trace.recording import push
 from nnsight_vllm.trace.source import hide_lines
 from nnsight_vllm.trace.tree import Tree
-
-__all__ = ["Lowered", "Saved", "TensorOf", "lower"]
 
 MAX_NODES = 100_000
 
@@ -64,10 +70,10 @@ def lower(
     max_nodes: int = MAX_NODES,
 ) -> Lowered:
     """The graph for a prompt of `rows` tokens, with at most `max_nodes`. Raises `Refused` with the place in the body."""
-    sent = Sent(intervention.tensors, tensor_of)
+    refs = TensorRefs(intervention.tensors, tensor_of)
     if intervention.graph is not None:
-        return lower_full(intervention, tree, sent, max_nodes)
-    recording = _Recording(intervention, tree, rows, max_tokens, sent, max_nodes)
+        return lower_full(intervention, tree, refs, max_nodes)
+    recording = _Recording(intervention, tree, rows, max_tokens, refs, max_nodes)
     return copy_context().run(recording.run)  # nothing of it is left in the caller's context
 
 
@@ -81,7 +87,7 @@ class _Constants(Constants):
 
     def named(self, name: str, data: bytes) -> torch.Tensor:
         """A stand-in for the tensor in these bytes."""
-        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["tensor"]
+        header = header_of(data)
         dtype = _BY_NAME.get(header["dtype"])
         if dtype is None:
             raise ValueError(f"expected a tensor of float32, float16 or bfloat16; got {header['dtype']}")
@@ -104,7 +110,7 @@ class _Action:
     spec: Any
     param: str
     site: SiteInfo
-    chosen: Chosen
+    chosen: Selection
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     list: Any = None
 
@@ -122,11 +128,11 @@ class _Recording:
         tree: Tree,
         rows: int,
         max_tokens: int | None,
-        sent: Sent,
+        refs: TensorRefs,
         max_nodes: int,
     ) -> None:
         self._intervention, self._tree, self._rows, self._max_tokens = intervention, tree, rows, max_tokens
-        self._sent = sent
+        self._refs = refs
         self._max_nodes = max_nodes
         self._num_parts = 0
         self._constants = _Constants()
@@ -135,8 +141,8 @@ class _Recording:
     def run(self) -> Lowered:
         hide_lines()
         actions = self._actions()
-        self._sent.refuse_unused()
-        blocks = list(stretches([action.chosen for action in actions], self._max_tokens, self._max_nodes))
+        self._refs.refuse_unused()
+        blocks = list(action_blocks([action.chosen for action in actions], self._max_tokens, self._max_nodes))
         self._recorder = Recorder(self._tree, self._constants, self._rows, self._max_tokens)
         push(self._recorder)
         for action in actions:
@@ -152,9 +158,9 @@ class _Recording:
         except NNsightError as error:
             raise refused_at(error, "intervention") from None
         saves = [action for action in actions if action.is_save]
-        names = {one.spec.name: Saved(one.chosen.over_iterations, one.spec.stream) for one in saves}
+        names = {one.spec.name: SaveForm(one.chosen.over_iterations, one.spec.stream) for one in saves}
         used = constants_of(graph.body)
-        return Lowered(graph, {name: data for name, data in self._sent.used.items() if name in used}, names)
+        return Lowered(graph, {name: data for name, data in self._refs.used.items() if name in used}, names)
 
     def _actions(self) -> list[_Action]:
         found = [self._action(edit, f"intervention.edits[{i}]") for i, edit in enumerate(self._intervention.edits)]
@@ -167,7 +173,7 @@ class _Recording:
             found.append(self._action(save, f"intervention.save[{i}]"))
         return sorted(found, key=lambda one: (one.site.order, one.site.name, one.is_save))
 
-    def _action(self, spec: Edit | SaveSpec, param: str) -> _Action:
+    def _action(self, spec: EditSpec | SaveSpec, param: str) -> _Action:
         site = find_site(self._tree, spec.site, f"{param}.site")
         positions = f"{param}.positions"
         has_one_row = site.name.startswith(SINGLE_ROW)
@@ -191,11 +197,11 @@ class _Recording:
         if getattr(torch, site.dtype) not in DTYPES:
             raise Refused(f"it holds {site.dtype}, and edits need a floating-point site", param)
 
-    def _tensors(self, edit: Edit, width: int | None, param: str) -> dict[str, torch.Tensor]:
+    def _tensors(self, edit: EditSpec, width: int | None, param: str) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name in _VECTORS & type(edit).model_fields.keys():
             where = f"{param}.{name}"
-            key, data = self._sent.find(getattr(edit, name), where)
+            key, data = self._refs.find(getattr(edit, name), where)
             try:
                 found[name] = self._constants.named(key, data)
             except ValueError as error:
@@ -208,7 +214,7 @@ class _Recording:
             _check_shape(found["up"], [width, rank], f"{param}.up")
         return found
 
-    def _block(self, block: Stretch, actions: Sequence[_Action]) -> None:
+    def _block(self, block: ActionBlock, actions: Sequence[_Action]) -> None:
         """The prompt's own stands outside of blocks: its rows then are known by their positions, also to the prefix cache."""
         if (block.start, block.stop) == (0, 1):
             self._act_all(block, actions, None)
@@ -216,18 +222,20 @@ class _Recording:
         with IterationBlock(slice(block.start, block.stop, block.step)) as index:
             self._act_all(block, actions, index)
 
-    def _act_all(self, block: Stretch, actions: Sequence[_Action], index: Any) -> None:
+    def _act_all(self, block: ActionBlock, actions: Sequence[_Action], index: Any) -> None:
         for number, part in block.actions:
-            action = actions[number]
             try:
-                if part.step == 1:
-                    self._act(action, part)
-                else:
-                    self._act_sometimes(action, part, index, block.start)
+                self._act_in(block, actions[number], part, index)
             except NNsightError as error:
-                raise refused_at(error, action.param) from None
+                raise refused_at(error, actions[number].param) from None
 
-    def _act_sometimes(self, action: _Action, part: Part, index: Any, start: int) -> None:
+    def _act_in(self, block: ActionBlock, action: _Action, part: SelectedRows, index: Any) -> None:
+        if part.step == 1:
+            self._act(action, part)
+        else:
+            self._act_sometimes(action, part, index, block.start)
+
+    def _act_sometimes(self, action: _Action, part: SelectedRows, index: Any, start: int) -> None:
         """Where actions of a block differ in their steps."""
         is_due = (index - part.first) % part.step == 0
         if part.first > start:
@@ -236,7 +244,7 @@ class _Recording:
         self._act(action, part)
         self._recorder.flow.end_cond(handle, [])
 
-    def _act(self, action: _Action, part: Part) -> None:
+    def _act(self, action: _Action, part: SelectedRows) -> None:
         place = self._recorder.places.read(action.site)
         if action.is_save:
             self._collect(action, place, part)
@@ -247,7 +255,7 @@ class _Recording:
             _edit(action, changed, part.rows)
             self._recorder.places.write(action.site, changed)
 
-    def _collect(self, action: _Action, place: Any, part: Part) -> None:
+    def _collect(self, action: _Action, place: Any, part: SelectedRows) -> None:
         if action.list is None:
             self._save(action, _picked(place, part.rows))
         elif action.chosen.is_single:
@@ -263,11 +271,11 @@ class _Recording:
 _VECTORS = frozenset(["tensor", "down", "up", "encoder", "decoder"])
 
 
-def _picked(place: Any, rows: Rows) -> Any:
+def _picked(place: Any, rows: RowIndex) -> Any:
     return place if rows is None else place[rows]
 
 
-def _edit(action: _Action, place: Any, rows: Rows) -> None:
+def _edit(action: _Action, place: Any, rows: RowIndex) -> None:
     """Edit rows of the site, in place."""
     part = _picked(place, rows)
     _apply(action.spec, part, action.tensors)
@@ -275,7 +283,7 @@ def _edit(action: _Action, place: Any, rows: Rows) -> None:
         place[rows] = part
 
 
-def _apply(edit: Edit, h: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _apply(edit: EditSpec, h: Any, tensors: dict[str, torch.Tensor]) -> None:
     match edit:
         case Add():
             h += _product(tensors["tensor"], edit.scale)

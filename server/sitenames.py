@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import cast
 
 from nnsight_vllm.errors import NNsightError
 from nnsight_vllm.graph.catalogue import Port, SiteInfo
 from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.names import nearest
 from nnsight_vllm.trace.tree import Tree
 
 _DRAWN = ("logits", "samples")
@@ -47,6 +47,4 @@ def _reason(tree: Tree, path: str, port: Port) -> str:
 
 
 def _near(tree: Tree, name: str) -> str:
-    known = [site_name(site) for site in tree.catalogue.sites]
-    near = difflib.get_close_matches(name[:200], known, n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(near)})" if near else ""
+    return nearest(name, map(site_name, tree.catalogue.sites), 200)

@@ -10,15 +10,15 @@ from http import HTTPStatus
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nnsight_vllm.client.trace_codec import answered_of, encode_frame, sent_notice
 from nnsight_vllm.errors import InterventionError, NNsightError
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.trace_codec import answered, encode_frame, noticed
 from nnsight_vllm.trace.events import Notice, RunningTrace
 from nnsight_vllm.trace.events import Receive as Listen
 from nnsight_vllm.wire.trace import FRAMES, Broken
 
 
-class Streamed(StreamingResponse):
+class StreamedTrace(StreamingResponse):
     """Runs the requests when it is sent; a client that goes ends them. `held` is given back at its end."""
 
     def __init__(self, start: Callable[[Listen], RunningTrace], held: ExitStack) -> None:
@@ -53,7 +53,7 @@ async def _frames(start: Callable[[Listen], RunningTrace]) -> AsyncGenerator[byt
     is_over = False
     try:
         while (notice := await notices.get()) is not None:
-            yield encode_frame(noticed(notice))
+            yield encode_frame(sent_notice(notice))
         is_over = True
         yield await asyncio.to_thread(_end, run)
     finally:
@@ -63,7 +63,7 @@ async def _frames(start: Callable[[Listen], RunningTrace]) -> AsyncGenerator[byt
 
 def _end(run: RunningTrace) -> bytes:
     try:
-        return encode_frame(answered(run.outcomes.result()))
+        return encode_frame(answered_of(run.outcomes.result()))
     except NNsightError as error:
         refused = not_run(error)
         return encode_frame(Broken(int(refused.status), refused.kind, refused.message, refused.param))

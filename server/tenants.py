@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
 import tomllib
 from argparse import Namespace
@@ -16,8 +15,7 @@ from fastapi import Request
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.server.errors import Refused
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+from nnsight_vllm.server.names import NAME, NAME_RULE
 
 
 class Tenants:
@@ -73,20 +71,21 @@ def _digest(key: str) -> bytes:
 def _read(path: Path) -> dict[str, str]:
     where = f"--tenants {path}"
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # of TOML and of UTF-8, too
         raise EngineSettingError(f"{where}: {error}") from None
     found: dict[str, str] = {}
-    for name, keys in told.items():
-        if not _NAME.fullmatch(name) or name.startswith("key-"):
-            raise EngineSettingError(
-                f"{where}: a name has 1 to 64 of A-Z a-z 0-9 . _ - and doesn't begin with 'key-'; got {name!r}"
-            )
-        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
-            raise EngineSettingError(f'{where}: expected `{name} = ["key", ...]` with keys that aren\'t empty')
-        for key in keys:
-            if found.setdefault(key, name) != name:
-                raise EngineSettingError(f"{where}: {found[key]!r} and {name!r} have a key in common")
+    for name, keys in table.items():
+        _check_tenant(name, keys, where)
+        for other in (found[key] for key in keys if found.setdefault(key, name) != name):
+            raise EngineSettingError(f"{where}: {other!r} and {name!r} have a key in common")
     if not found:
         raise EngineSettingError(f"{where}: it names no tenant")
     return found
+
+
+def _check_tenant(name: str, keys: object, where: str) -> None:
+    if not NAME.fullmatch(name) or name.startswith("key-"):
+        raise EngineSettingError(f"{where}: {NAME_RULE} and doesn't begin with 'key-'; got {name!r}")
+    if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
+        raise EngineSettingError(f'{where}: expected `{name} = ["key", ...]` with keys that aren\'t empty')

@@ -13,13 +13,13 @@ import torch
 from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.server.errors import Refused
 from nnsight_vllm.server.schema import InlineTensor
-from nnsight_vllm.server.trace_requests import check_tensor
+from nnsight_vllm.server.tensor_bytes import check_tensor
 
 TensorOf = Callable[[str, str], tuple[str, bytes]]
 """(digest or name, where it stands in the body) -> (digest, safetensors bytes with one tensor named `tensor`). Raises `Refused`."""
 
 
-class Sent:
+class TensorRefs:
     """The tensors of one intervention, wherever they come from. `used`: by digest."""
 
     def __init__(self, given: dict[str, str], tensor_of: TensorOf) -> None:

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import difflib
-import re
 import threading
 from http import HTTPStatus
-from typing import Annotated, Any
 
-import msgspec
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel
-
-from nnsight_vllm.server.bodies import read_body
-from nnsight_vllm.server.errors import Refused, documented
-from nnsight_vllm.server.state import interventions_of, tenant_of
-from nnsight_vllm.server.trace_requests import check_tensor
-
-router = APIRouter(tags=["interventions"])
-
-DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_PATH = "/v1/interventions/tensors"
-_BINARY = {
-    "required": True,
-    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-}
+from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.names import nearest
+from nnsight_vllm.server.tensor_bytes import header_of
 
 
 class _Shelf:
@@ -41,6 +20,14 @@ class _Shelf:
     @property
     def bytes(self) -> int:
         return sum(map(len, self.data.values())) + sum(len(name) for name in self.names)
+
+    def digest_of(self, reference: str, param: str) -> str:
+        """Raises `Refused` with status 404."""
+        digest = self.names.get(reference, reference)
+        if digest not in self.data:
+            message = f"no tensor {reference[:64]!r}{nearest(reference, self.names)}"
+            raise Refused(message, param, status=HTTPStatus.NOT_FOUND, kind="NotFoundError")
+        return digest
 
 
 class TensorStore:
@@ -68,22 +55,18 @@ class TensorStore:
             if name is not None:
                 shelf.names[name] = digest
 
-    def get(self, tenant: str, reference: str) -> tuple[str, bytes]:
-        """Digest and bytes by digest or name. Raises `Refused`."""
+    def get(self, tenant: str, reference: str, param: str = "tensor") -> tuple[str, bytes]:
+        """Digest and bytes by digest or name. Raises `Refused`, whose place in the body is `param`."""
         with self._lock:
             shelf = self._shelves.get(tenant, _Shelf())
-            digest = shelf.names.get(reference, reference)
-            if digest not in shelf.data:
-                raise _unknown(shelf, reference)
+            digest = shelf.digest_of(reference, param)
             return digest, shelf.data[digest]
 
     def delete(self, tenant: str, reference: str) -> None:
         """Forget a tensor with all its names. Raises `Refused`. Requests that run keep theirs."""
         with self._lock:
             shelf = self._shelves.get(tenant, _Shelf())
-            digest = shelf.names.get(reference, reference)
-            if digest not in shelf.data:
-                raise _unknown(shelf, reference)
+            digest = shelf.digest_of(reference, "tensor")
             del shelf.data[digest]
             shelf.names = {name: known for name, known in shelf.names.items() if known != digest}
 
@@ -96,89 +79,7 @@ class TensorStore:
                     "digest": digest,
                     "names": sorted(name for name, known in shelf.names.items() if known == digest),
                     "bytes": len(data),
-                    **_header(data),
+                    **header_of(data),
                 }
                 for digest, data in shelf.data.items()
             ]
-
-
-class Deleted(BaseModel):
-    deleted: bool
-
-
-class StoredTensor(BaseModel):
-    """`dtype` as safetensors calls it."""
-
-    digest: str
-    bytes: int
-    dtype: str
-    shape: list[int]
-
-
-class PutTensor(StoredTensor):
-    name: str | None
-
-
-class ListedTensor(StoredTensor):
-    names: list[str]
-
-
-class ListedTensors(BaseModel):
-    data: list[ListedTensor]
-
-
-@router.put(
-    f"{_PATH}/{{sha256}}",
-    openapi_extra={"requestBody": _BINARY},
-    responses={**documented(400, 413, 429), 200: {"model": PutTensor}},
-)
-async def put_tensor(
-    sha256: str,
-    raw_request: Request,
-    name: Annotated[str | None, Query(description="A name under which it's found, too.")] = None,
-) -> JSONResponse:
-    """Upload safetensors bytes with one tensor named `tensor`, whose sha256 is in the path."""
-    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
-    if not _DIGEST.fullmatch(sha256):
-        raise Refused("expected a sha256 as 64 hexadecimal digits, in lower case", "sha256")
-    if name is not None and (not _NAME.fullmatch(name) or _DIGEST.fullmatch(name)):
-        raise Refused(f"a name has 1 to 64 of A-Z a-z 0-9 . _ - and is no sha256; got {name[:80]!r}", "name")
-    with state.concurrent.enter(tenant):  # bounds the bytes that uploads hold while they come
-        data = await read_body(raw_request, min(state.limits.constant_bytes, state.limits.stored_bytes))
-        await asyncio.to_thread(_check, sha256, data)
-        state.tensors.put(tenant, sha256, data, name)
-    return JSONResponse({"digest": sha256, "name": name, "bytes": len(data), **_header(data)})
-
-
-@router.get(_PATH, responses={**documented(), 200: {"model": ListedTensors}})
-async def list_tensors(raw_request: Request) -> JSONResponse:
-    """The tenant's tensors."""
-    return JSONResponse({"data": interventions_of(raw_request).tensors.list(tenant_of(raw_request))})
-
-
-@router.delete(f"{_PATH}/{{reference}}", responses={**documented(404), 200: {"model": Deleted}})
-async def delete_tensor(reference: str, raw_request: Request) -> JSONResponse:
-    """Forget a tensor, by digest or name. What was made of it stays."""
-    interventions_of(raw_request).tensors.delete(tenant_of(raw_request), reference)
-    return JSONResponse({"deleted": True})
-
-
-def _check(digest: str, data: bytes) -> None:
-    check_tensor(digest, data, "body")
-    dtype = _header(data)["dtype"]
-    if dtype not in DTYPES:
-        raise Refused(f"expected one of {', '.join(sorted(DTYPES))}; got a tensor of {dtype}", "body")
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """`dtype`, as safetensors calls it, and `shape`."""
-    told = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["tensor"]
-    return {"dtype": told["dtype"], "shape": told["shape"]}
-
-
-def _unknown(shelf: _Shelf, reference: str) -> Refused:
-    near = difflib.get_close_matches(reference[:64], shelf.names, n=3, cutoff=0.5)
-    nearest = f" (nearest: {', '.join(near)})" if near else ""
-    return Refused(
-        f"no tensor {reference[:64]!r}{nearest}", "tensor", status=HTTPStatus.NOT_FOUND, kind="NotFoundError"
-    )

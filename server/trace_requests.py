@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-import safetensors
 
-from nnsight_vllm.errors import NNsightError
+from nnsight_vllm.frontend.served_engine import ServedEngine
 from nnsight_vllm.graph.check import check
-from nnsight_vllm.graph.codec import decode, digest
+from nnsight_vllm.graph.codec import decode
 from nnsight_vllm.graph.nodes import Graph
 from nnsight_vllm.graph.walk import constants_of, count_nodes
 from nnsight_vllm.server import metrics
-from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.errors import Refused, refusing, require_at_most
+from nnsight_vllm.server.limits import ServerLimits
 from nnsight_vllm.server.links import Linked, check_links
+from nnsight_vllm.server.tensor_bytes import check_tensor
 from nnsight_vllm.trace.backend import Prompt, Request
 from nnsight_vllm.wire.extras import KEY
 from nnsight_vllm.wire.trace import MISSING, Asked, Prepared, SentRequest, SentTrace, Settled
 
-if TYPE_CHECKING:
-    from nnsight_vllm.frontend.served_engine import ServedEngine
-    from nnsight_vllm.server.limits import Limits
-
-Find = Callable[[str], bytes | None]
+FindTensor = Callable[[str], bytes | None]
 """A tensor's safetensors bytes by its digest, None where the tenant has none."""
 
 _trace_decoder = msgspec.msgpack.Decoder(SentTrace)
@@ -33,7 +30,7 @@ _asked_decoder = msgspec.json.Decoder(Asked)
 _OURS = frozenset({"output_kind", "skip_clone"})
 
 
-class Missing(Refused):
+class MissingTensors(Refused):
     """Tensors that the client has to upload."""
 
     def __init__(self, digests: list[str]) -> None:
@@ -43,17 +40,17 @@ class Missing(Refused):
         self.digests = digests
 
 
-class Received:
+class TraceReader:
     """Makes requests of one tenant's traces. `find` is for the tensors that don't come with them."""
 
-    def __init__(self, engine: ServedEngine, limits: Limits, tenant: str, find: Find) -> None:
+    def __init__(self, engine: ServedEngine, limits: ServerLimits, tenant: str, find: FindTensor) -> None:
         self._engine, self._limits, self._tenant, self._find = engine, limits, tenant, find
 
     def prepared(self, body: bytes) -> Prepared:
         """What a client asks before it records. Raises `Refused`."""
         asked = _read(_asked_decoder, body)
-        self._limit("prompts", len(asked.prompts), self._limits.trace_requests, "prompts")
-        self._limit("samplings", len(asked.samplings), self._limits.trace_requests, "samplings")
+        require_at_most(self._limits.trace_requests, len(asked.prompts), "prompts", "prompts")
+        require_at_most(self._limits.trace_requests, len(asked.samplings), "samplings", "samplings")
         prompts = [self._prompt((text,), f"prompts[{i}]") for i, text in enumerate(asked.prompts)]
         samplings = [self._sampling(one, f"samplings[{i}]") for i, one in enumerate(asked.samplings)]
         return Prepared(
@@ -64,19 +61,20 @@ class Received:
     def trace(self, body: bytes) -> tuple[list[Request], dict[str, bytes]]:
         """The requests and their tensors. Raises `Refused`."""
         sent = _read(_trace_decoder, body)
-        self._limit("requests", len(sent.requests), self._limits.trace_requests, "requests")
+        require_at_most(self._limits.trace_requests, len(sent.requests), "requests", "requests")
         if not sent.requests:
             raise Refused("a trace has at least one request", "requests")
-        self._limit("samplings", len(sent.samplings), self._limits.trace_requests, "samplings")
+        require_at_most(self._limits.trace_requests, len(sent.samplings), "samplings", "samplings")
         samplings = [self._sampling(one, f"samplings[{i}]") for i, one in enumerate(sent.samplings)]
         graphs = self._graphs(sent)
         tensors = self._tensors(sent.tensors, {digest for one in graphs.values() for digest in constants_of(one.body)})
         requests = [self._request(one, samplings, graphs, f"requests[{i}]") for i, one in enumerate(sent.requests)]
-        self._limit("samples", sum(one.sampling.n for one in requests), self._limits.trace_requests, "requests")
+        require_at_most(self._limits.trace_requests, sum(one.sampling.n for one in requests), "samples", "requests")
         pairs = zip(requests, sent.requests, strict=True)
         check_links([Linked([graphs[data] for data in one.graphs], raw.links, one.sampling.n) for one, raw in pairs])
         for i, request in enumerate(requests):
-            self._admit(request, tensors, f"requests[{i}]")
+            with refusing(f"requests[{i}]"):
+                self._engine.admit(request, {name: tensors[name] for name in request.constants})
         return requests, tensors
 
     # -- parts -----------------------------------------------------------------------------------------------------------
@@ -85,23 +83,22 @@ class Received:
         """All graphs by their bytes, each read and checked once, however many requests have it."""
         found: dict[bytes, Graph] = {}
         num_nodes = 0
-        for i, request in enumerate(sent.requests):
-            for data, name in _named(request):
-                if data in found:
-                    continue
-                param = f"requests[{i}].{name}"
-                try:
-                    graph = decode(data)
-                    one = count_nodes(graph, self._limits.graph_nodes)  # before the check, whose time grows with them
-                    self._limit("nodes in a graph", one, self._limits.graph_nodes, param)
-                    num_nodes += one
-                    self._limit("nodes in graphs that differ", num_nodes, self._limits.trace_nodes, param)
-                    check(graph, self._engine.tree.catalogue)
-                except NNsightError as error:
-                    raise _refused(error, param) from None
-                found[data] = graph
+        places = ((data, f"requests[{i}].{name}") for i, one in enumerate(sent.requests) for data, name in _named(one))
+        for data, param in places:
+            if data not in found:
+                found[data], num_nodes = self._graph(data, num_nodes, param)
         metrics.count_nodes(num_nodes)
         return found
+
+    def _graph(self, data: bytes, num_nodes: int, param: str) -> tuple[Graph, int]:
+        """A graph, and the nodes of all up to it. They are counted before the check, whose time grows with them."""
+        with refusing(param):
+            graph = decode(data)
+            one = count_nodes(graph, self._limits.graph_nodes)
+            require_at_most(self._limits.graph_nodes, one, "nodes in a graph", param)
+            require_at_most(self._limits.trace_nodes, num_nodes + one, "nodes in graphs that differ", param)
+            check(graph, self._engine.tree.catalogue)
+        return graph, num_nodes + one
 
     def _tensors(self, sent: Mapping[str, bytes], needed: set[str]) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
@@ -117,13 +114,13 @@ class Received:
                 missing.append(name)
                 continue
             size += len(data)
-            self._limit("bytes of constants", size, self._limits.constant_bytes, "tensors")
+            require_at_most(self._limits.constant_bytes, size, "bytes of constants", "tensors")
             found[name] = data
         unused = sent.keys() - needed
         if unused:
             raise Refused("no graph of the trace names it", f"tensors[{sorted(unused)[0][:64]!r}]")
         if missing:
-            raise Missing(missing)
+            raise MissingTensors(missing)
         return found
 
     def _request(self, sent: SentRequest, samplings: list[Any], graphs: Mapping[bytes, Graph], param: str) -> Request:
@@ -147,10 +144,8 @@ class Received:
         )
 
     def _prompt(self, inputs: tuple[object, ...], param: str) -> Prompt:
-        try:
+        with refusing(param):
             return self._engine.prompt(inputs)
-        except NNsightError as error:
-            raise _refused(error, param) from None
 
     def _sampling(self, arguments: dict[str, Any], param: str) -> Any:
         extra = arguments.get("extra_args")
@@ -158,33 +153,8 @@ class Received:
         ours = next((name for name in names if name in _OURS or name.startswith(("_", KEY))), None)
         if ours is not None:
             raise Refused(f"the server sets {ours!r} itself", param, kind="AdmissionError")
-        try:
+        with refusing(param):
             return self._engine.sampling(arguments)
-        except NNsightError as error:
-            raise _refused(error, param) from None
-
-    def _admit(self, request: Request, tensors: dict[str, bytes], param: str) -> None:
-        try:
-            self._engine.admit(request, {name: tensors[name] for name in request.constants})
-        except NNsightError as error:
-            raise _refused(error, param) from None
-
-    @staticmethod
-    def _limit(what: str, number: int, most: int, param: str) -> None:
-        if number > most:
-            raise Refused(f"{number} {what}; the limit is {most}", param, kind="AdmissionError")
-
-
-def check_tensor(name: str, data: bytes, param: str) -> None:
-    """Raise `Refused` unless these are safetensors bytes with one tensor named `tensor`, under their own digest."""
-    if digest(data) != name:
-        raise Refused(f"the sha256 of its {len(data)} bytes is {digest(data)}", param)
-    try:
-        found = [one for one, _ in safetensors.deserialize(data)]  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise Refused(f"not safetensors bytes: {error}", param) from None
-    if found != ["tensor"]:
-        raise Refused(f"one tensor named 'tensor' is expected; got {found[:5]}", param)
 
 
 def _named(request: SentRequest) -> Iterator[tuple[bytes, str]]:
@@ -204,7 +174,3 @@ def _read(decoder: Any, body: bytes) -> Any:
         message, _, path = str(error).partition(" - at `$")
         param = path.rstrip("`").lstrip(".") or None
         raise Refused(message, param) from None
-
-
-def _refused(error: NNsightError, param: str) -> Refused:
-    return Refused(str(error), param, kind=type(error).__name__)

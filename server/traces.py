@@ -19,6 +19,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from nnsight_vllm.client.trace_codec import encode_outcomes
 from nnsight_vllm.errors import IntegrityError, NNsightError
 from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.nodes import VERSION
@@ -26,11 +27,10 @@ from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.server import journal, metrics
 from nnsight_vllm.server.bodies import read_body
 from nnsight_vllm.server.errors import Refused, documented
-from nnsight_vllm.server.limits import Limits
-from nnsight_vllm.server.state import Interventions, interventions_of, tenant_of
-from nnsight_vllm.server.streamed import Streamed, not_run
-from nnsight_vllm.server.trace_codec import encode_outcomes
-from nnsight_vllm.server.trace_requests import Missing, Received
+from nnsight_vllm.server.limits import ServerLimits
+from nnsight_vllm.server.state import ServerState, state_of, tenant_of
+from nnsight_vllm.server.streamed import StreamedTrace, not_run
+from nnsight_vllm.server.trace_requests import MissingTensors, TraceReader
 from nnsight_vllm.trace.backend import Outcome
 from nnsight_vllm.trace.events import Receive, RunningTrace
 from nnsight_vllm.trace.tree import Tree
@@ -71,17 +71,17 @@ _GONE = 499
 @router.get(f"{PREFIX}/model", responses={**documented(), 304: {"description": "The model of `If-None-Match`."}})
 async def describe_model(raw_request: Request) -> Response:
     """Modules in the model's order, sites in the order in which they fire, with shapes. The ETag changes with the model."""
-    content = _described(interventions_of(raw_request))
+    content = _described(state_of(raw_request))
     tag = _tag(content)
     if raw_request.headers.get("if-none-match") == tag:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
     return Response(content, media_type="application/json", headers={"ETag": tag})
 
 
-@router.get(f"{PREFIX}/limits", responses={**documented(), 200: {"model": Limits}})
+@router.get(f"{PREFIX}/limits", responses={**documented(), 200: {"model": ServerLimits}})
 async def show_limits(raw_request: Request) -> JSONResponse:
     """What a request with graphs may have at most; each limit is a flag of the server."""
-    return JSONResponse(dataclasses.asdict(interventions_of(raw_request).limits))
+    return JSONResponse(dataclasses.asdict(state_of(raw_request).limits))
 
 
 @router.get(
@@ -90,7 +90,7 @@ async def show_limits(raw_request: Request) -> JSONResponse:
 )
 async def show_stats(raw_request: Request) -> Response:
     """What the engine ran since it started, for all its users."""
-    stats = await asyncio.to_thread(interventions_of(raw_request).engine.stats)
+    stats = await asyncio.to_thread(state_of(raw_request).engine.stats)
     return Response(msgspec.json.encode(stats), media_type="application/json")
 
 
@@ -98,7 +98,7 @@ async def show_stats(raw_request: Request) -> Response:
 async def show_integrity(raw_request: Request) -> dict[str, list[str]]:
     """What the engine still holds of requests that have ended, which is a defect: a line each, and none if all is well."""
     try:
-        await asyncio.to_thread(interventions_of(raw_request).engine.check_integrity)
+        await asyncio.to_thread(state_of(raw_request).engine.check_integrity)
     except IntegrityError as error:
         return {"leftovers": str(error).split("; ")}
     return {"leftovers": []}
@@ -111,8 +111,8 @@ async def show_integrity(raw_request: Request) -> dict[str, list[str]]:
 )
 async def prepare(raw_request: Request) -> Response:
     """Token ids of prompts, and what sampling arguments come to: `{"prompts": [[1, 2]], "samplings": [{"max_tokens": 16, "n": 1}]}`."""
-    body = await read_body(raw_request, interventions_of(raw_request).limits.body_bytes)
-    prepared = await asyncio.to_thread(_received(raw_request).prepared, body)
+    body = await read_body(raw_request, state_of(raw_request).limits.body_bytes)
+    prepared = await asyncio.to_thread(_reader(raw_request).prepared, body)
     return Response(msgspec.json.encode(prepared), media_type="application/json")
 
 
@@ -128,7 +128,7 @@ async def trace(raw_request: Request) -> Response:
 
     Where `Accept` names frames, the answer is a stream of what each step brings, and at last the outcomes.
     """
-    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
+    state, tenant = state_of(raw_request), tenant_of(raw_request)
     wanted = raw_request.headers.get("if-match")
     if wanted is not None and wanted != _tag(_described(state)):
         raise Refused(
@@ -138,10 +138,10 @@ async def trace(raw_request: Request) -> Response:
         )
     with ExitStack() as held:
         held.enter_context(state.concurrent.enter(tenant))
-        body = await read_body(raw_request, interventions_of(raw_request).limits.body_bytes)
+        body = await read_body(raw_request, state_of(raw_request).limits.body_bytes)
         try:
-            requests, tensors = await asyncio.to_thread(_received(raw_request).trace, body)
-        except Missing as missing:
+            requests, tensors = await asyncio.to_thread(_reader(raw_request).trace, body)
+        except MissingTensors as missing:
             error: Any = missing.body()
             error["error"]["tensors"] = missing.digests
             return JSONResponse(error, status_code=int(missing.status))
@@ -156,7 +156,7 @@ async def trace(raw_request: Request) -> Response:
             return run
 
         if FRAMES in raw_request.headers.get("accept", ""):
-            return Streamed(start, held.pop_all())
+            return StreamedTrace(start, held.pop_all())
         outcomes = await _outcomes(start(), raw_request)
         if outcomes is None:
             return Response(status_code=_GONE)
@@ -203,8 +203,8 @@ async def _disconnected(raw_request: Request) -> None:
         pass
 
 
-def _received(raw_request: Request) -> Received:
-    state, tenant = interventions_of(raw_request), tenant_of(raw_request)
+def _reader(raw_request: Request) -> TraceReader:
+    state, tenant = state_of(raw_request), tenant_of(raw_request)
 
     def find(name: str) -> bytes | None:
         try:
@@ -213,10 +213,10 @@ def _received(raw_request: Request) -> Received:
             return None
         return data if known == name else None
 
-    return Received(state.engine, state.limits, tenant, find)
+    return TraceReader(state.engine, state.limits, tenant, find)
 
 
-def _described(state: Interventions) -> bytes:
+def _described(state: ServerState) -> bytes:
     tree = state.engine.tree
     known = _descriptions.get(tree)
     if known is None:

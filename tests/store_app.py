@@ -12,12 +12,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nnsight_vllm.graph.codec import digest
-from nnsight_vllm.server import edited, results, tensors
+from nnsight_vllm.server import edited_routes, result_routes, tensor_routes
 from nnsight_vllm.server.edited import EditedModels
 from nnsight_vllm.server.errors import Refused, answer_refused
-from nnsight_vllm.server.limits import Concurrent, Limits
+from nnsight_vllm.server.limits import Concurrent, ServerLimits
 from nnsight_vllm.server.results import ResultStore
-from nnsight_vllm.server.state import Interventions
+from nnsight_vllm.server.state import ServerState
 from nnsight_vllm.server.tensors import TensorStore
 from nnsight_vllm.trace.tree import Tree
 
@@ -29,9 +29,9 @@ class Who:
         return raw_request.headers.get("who", "")
 
 
-def interventions(limits: Limits | None = None, directory: Path | None = None) -> Interventions:
-    limits = limits or Limits()
-    return Interventions(
+def interventions(limits: ServerLimits | None = None, directory: Path | None = None) -> ServerState:
+    limits = limits or ServerLimits()
+    return ServerState(
         engine=SimpleNamespace(tree=Tree(catalogue())),  # type: ignore[arg-type]
         base_names=["toy"],
         limits=limits,
@@ -43,11 +43,11 @@ def interventions(limits: Limits | None = None, directory: Path | None = None) -
     )
 
 
-def client_of(state: Interventions) -> TestClient:
+def client_of(state: ServerState) -> TestClient:
     app = FastAPI()
     app.state.interventions = state
     app.exception_handler(Refused)(answer_refused)
-    for module in (tensors, results, edited):
+    for module in (tensor_routes, result_routes, edited_routes):
         app.include_router(module.router)
     return TestClient(app)
 

@@ -71,7 +71,6 @@ IMPORT_VLLM = {
 KNOWN_VIOLATIONS: set[str] = set()
 KNOWN_CIRCLES: set[str] = {
     "frontend.async_engine frontend.run",
-    "server.edited server.full server.positions server.results server.schema server.short server.state server.tensor_refs server.tensors",
     "worker.batch.request_programs worker.batch.requests",
 }
 

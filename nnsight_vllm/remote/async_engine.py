@@ -7,18 +7,15 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
 import httpx
-import msgspec
 
 from nnsight_vllm.client.loop import LoopThread
+from nnsight_vllm.client.trace_codec import decode_frame, notice_of, outcomes_of
 from nnsight_vllm.errors import ConnectionFailed, InterventionError
-from nnsight_vllm.remote.answers import notice_of, outcomes
 from nnsight_vllm.remote.connection import Refusal, wait_for
 from nnsight_vllm.remote.engine import TRACE, RemoteEngine, line_of, packed
 from nnsight_vllm.trace.backend import Outcome, Request
 from nnsight_vllm.trace.events import Receive
-from nnsight_vllm.wire.trace import FRAMES, MISSING, Answered, Broken, Frame, SentNotice
-
-_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+from nnsight_vllm.wire.trace import FRAMES, MISSING, Answered, Broken, SentNotice
 
 
 class RemoteRun:
@@ -114,17 +111,13 @@ class AsyncRemoteEngine(RemoteEngine):
 
     async def _heard(self, run: RemoteRun, chunks: AsyncIterator[bytes]) -> list[Outcome]:
         async for data in pieces(chunks):
-            try:
-                frame = _decoder.decode(data)
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise ConnectionFailed(f"the server's answer isn't one of ours: {error}; {run.line}") from None
-            match frame:
-                case Answered():
-                    return outcomes(frame)
-                case Broken():
-                    raise Refusal(frame.status, frame.kind, frame.message, frame.param, {})
-                case SentNotice() if run.receive is not None:
-                    run.receive(notice_of(frame))
+            match decode_frame(data, run.line):
+                case Answered() as answered:
+                    return outcomes_of(answered)
+                case Broken() as broken:
+                    raise Refusal(broken.status, broken.kind, broken.message, broken.param, {})
+                case SentNotice() as notice if run.receive is not None:
+                    run.receive(notice_of(notice))
         raise ConnectionFailed(f"the connection to {self._connection.url} broke off; {run.line}")
 
     async def _hang_up(self) -> None:

@@ -16,11 +16,11 @@ from urllib.parse import quote
 import msgspec
 
 from nnsight_vllm.client.prompts import make_prompt
+from nnsight_vllm.client.trace_codec import decode_outcomes
 from nnsight_vllm.errors import AdmissionError, ConnectionFailed, EngineSettingError
 from nnsight_vllm.graph.codec import decode, to_json
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.remote.answers import outcomes_of
 from nnsight_vllm.remote.connection import Connection, Refusal
 from nnsight_vllm.remote.sampling import Samplings
 from nnsight_vllm.remote.tokenizer import RemoteTokenizer
@@ -101,7 +101,7 @@ class RemoteEngine:
                 answer = self._traced(content)
             except Refusal as again:
                 raise again.as_error(line_of(again, requests)) from None
-        return outcomes_of(answer)
+        return decode_outcomes(answer)
 
     # -- the server ------------------------------------------------------------------------------------------------------
 

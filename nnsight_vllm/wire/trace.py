@@ -141,4 +141,4 @@ class Broken(Struct, frozen=True, tag="broken"):
     param: str | None = None
 
 
-Frame = Answered | SentNotice | Broken
+AnswerFrame = Answered | SentNotice | Broken

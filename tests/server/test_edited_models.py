@@ -12,7 +12,7 @@ from store_app import client_of, interventions, packed
 
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.server.edited import EditedModels
-from nnsight_vllm.server.limits import Limits
+from nnsight_vllm.server.limits import ServerLimits
 
 PATH = "/v1/interventions/edits"
 SITE = "model.layers.1.output[0]"
@@ -130,7 +130,7 @@ def test_what_is_no_json_is_refused() -> None:
 
 
 def test_there_are_at_most_so_many() -> None:
-    client = client_of(interventions(Limits(edited_models=1)))
+    client = client_of(interventions(ServerLimits(edited_models=1)))
     assert client.post(PATH, json=body(SCALED)).status_code == 200
     assert client.post(PATH, json=body(SCALED)).status_code == 200  # in its own place
     refused = client.post(PATH, json=body(SCALED, "more"))

@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from nnsight_vllm.server.bodies import InterventionRoute
 from nnsight_vllm.server.errors import Refused, answer_refused
-from nnsight_vllm.server.limits import Limits
-from nnsight_vllm.server.schema import OPERATIONS, Intervention, Judged, PositionRange
+from nnsight_vllm.server.limits import ServerLimits
+from nnsight_vllm.server.schema import OPERATIONS, Intervention, PositionRange
 
 
 class Body(BaseModel):
@@ -23,9 +24,9 @@ class Body(BaseModel):
 @pytest.fixture(scope="module")
 def client() -> TestClient:
     app = FastAPI()
-    app.router.route_class = Judged
+    app.router.route_class = InterventionRoute
     app.exception_handler(Refused)(answer_refused)
-    app.state.interventions = SimpleNamespace(limits=Limits())
+    app.state.interventions = SimpleNamespace(limits=ServerLimits())
 
     @app.post("/")
     def post(body: Body) -> dict[str, object]:

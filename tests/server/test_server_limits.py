@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from nnsight_vllm.errors import EngineSettingError
 from nnsight_vllm.server import limits, metrics
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.limits import Concurrent, Limits
+from nnsight_vllm.server.limits import Concurrent, ServerLimits
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -22,13 +22,13 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 
 def test_without_flags_they_are_the_defaults() -> None:
-    assert Limits.from_args(parsed()) == Limits()
+    assert ServerLimits.from_args(parsed()) == ServerLimits()
 
 
 def test_each_limit_has_a_flag() -> None:
-    names = [one.name for one in dataclasses.fields(Limits)]
+    names = [one.name for one in dataclasses.fields(ServerLimits)]
     arguments = [part for name in names for part in (f"--max-{name.replace('_', '-')}", "7")]
-    assert set(dataclasses.asdict(Limits.from_args(parsed(*arguments))).values()) == {7}
+    assert set(dataclasses.asdict(ServerLimits.from_args(parsed(*arguments))).values()) == {7}
 
 
 @pytest.mark.parametrize(
@@ -41,27 +41,30 @@ def test_each_limit_has_a_flag() -> None:
 )
 def test_what_makes_no_sense_is_refused_with_its_flag(arguments: list[str], message: str) -> None:
     with pytest.raises(EngineSettingError, match=message):
-        Limits.from_args(parsed(*arguments))
+        ServerLimits.from_args(parsed(*arguments))
 
 
 def test_the_engine_gets_its_own() -> None:
-    given: Any = Limits(saved_bytes=3, saved_bytes_in_all=4, program_seconds=5, loop_trips=6).of_engine()["limits"]
+    given: Any = ServerLimits(saved_bytes=3, saved_bytes_in_all=4, program_seconds=5, loop_trips=6).of_engine()[
+        "limits"
+    ]
     assert (given["request"], given["engine"], given["seconds"], given["trips"]) == (3, 4, 5, 6)
 
 
 def test_the_engines_defaults_are_the_servers() -> None:
-    from nnsight_vllm.wire.limits import Limits as OfEngine
-    from nnsight_vllm.wire.limits import limits_of
+    from nnsight_vllm.wire.limits import Limits, limits_of
 
-    given: Any = Limits().of_engine()["limits"]
-    assert limits_of(given) == OfEngine()
-    assert {one.name for one in dataclasses.fields(OfEngine)} - set(given) == {"work"}  # it depends on the device
+    given: Any = ServerLimits().of_engine()["limits"]
+    assert limits_of(given) == Limits()
+    assert {one.name for one in dataclasses.fields(Limits)} - set(given) == {"work"}  # it depends on the device
 
 
 def test_no_flag_is_one_of_vllms() -> None:
     from nnsight_vllm.server.cli import _parser
 
-    assert Limits.from_args(_parser().parse_args([])) == Limits()  # argparse raises for a flag that is there already
+    assert (
+        ServerLimits.from_args(_parser().parse_args([])) == ServerLimits()
+    )  # argparse raises for a flag that is there already
 
 
 def test_a_full_tenant_waits_and_another_does_not() -> None:

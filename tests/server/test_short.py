@@ -23,8 +23,9 @@ from nnsight_vllm.plan.caching import Salt, caching_of
 from nnsight_vllm.plan.program import Program, compile_graph
 from nnsight_vllm.plan.template import split
 from nnsight_vllm.server.errors import Refused
+from nnsight_vllm.server.full import Lowered, SaveForm
 from nnsight_vllm.server.schema import Intervention
-from nnsight_vllm.server.short import Lowered, Saved, lower
+from nnsight_vllm.server.short import lower
 from nnsight_vllm.trace.encode import Constants
 from nnsight_vllm.trace.record import record
 from nnsight_vllm.trace.tree import Tree
@@ -133,7 +134,7 @@ def expected(edit: Any, chosen: set[int]) -> list[Tensor]:
 def test_an_edit_changes_its_positions_only(edit: Any, formula: Any, positions: Any, chosen: set[int]) -> None:
     save = {"name": "x", "site": "2.output"}
     sent = lowered(edits=[{"site": "1.output", "positions": positions, **edit}], save=[save])
-    assert sent.names == {"x": Saved(over_iterations=True, stream=False)}
+    assert sent.names == {"x": SaveForm(over_iterations=True, stream=False)}
     for got, wanted in zip(run(sent)["x"], expected(formula, chosen), strict=True):
         torch.testing.assert_close(torch.tensor(got), wanted)
 
@@ -142,7 +143,7 @@ def test_an_edit_changes_its_positions_only(edit: Any, formula: Any, positions: 
 def test_a_save_holds_its_positions_only(positions: Any, chosen: set[int]) -> None:
     sent = lowered(save=[{"name": "x", "site": "2.output", "positions": positions, "stream": True}])
     saved, over_iterations = run(sent)["x"], max(chosen) >= ROWS
-    assert sent.names == {"x": Saved(over_iterations, stream=True)}
+    assert sent.names == {"x": SaveForm(over_iterations, stream=True)}
     wanted = [
         torch.stack([row for p, row in zip(ps, 3 * increments(len(ps)), strict=True) if p in chosen])
         for ps in chunks()
@@ -404,7 +405,11 @@ def test_a_whole_graph_is_read_and_its_names_are_told() -> None:
     sent = lowered(FAKE, **body)
     assert msgspec.json.decode(to_json(sent.graph)) == body["graph"]
     assert sent.tensors.keys() == {node.digest for node in nodes_of(sent.graph.body) if isinstance(node, Const)}
-    assert sent.names == {"states": Saved(True, True), "first": Saved(False, False), "last": Saved(True, False)}
+    assert sent.names == {
+        "states": SaveForm(True, True),
+        "first": SaveForm(False, False),
+        "last": SaveForm(True, False),
+    }
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 from store_app import client_of, interventions, packed
 
 from nnsight_vllm.graph.codec import digest
-from nnsight_vllm.server.limits import Limits
+from nnsight_vllm.server.limits import ServerLimits
 
 PATH = "/v1/interventions/tensors"
 NAME, DATA = packed(torch.arange(4.0))
@@ -92,13 +92,13 @@ def test_what_is_not_such_a_tensor_is_refused(sha256: str, name: str | None, dat
 def test_a_long_body_is_given_up(is_told: bool) -> None:
     parts = [DATA[:50], DATA[50:]]
     content = DATA if is_told else iter(parts)
-    answer = client_of(interventions(Limits(constant_bytes=60))).put(f"{PATH}/{NAME}", content=content)
+    answer = client_of(interventions(ServerLimits(constant_bytes=60))).put(f"{PATH}/{NAME}", content=content)
     assert answer.status_code == 413
     assert "the limit is 60" in answer.json()["error"]["message"]
 
 
 def test_a_full_store_tells_its_numbers() -> None:
-    client = client_of(interventions(Limits(stored_bytes=len(DATA) + 10)))
+    client = client_of(interventions(ServerLimits(stored_bytes=len(DATA) + 10)))
     assert client.put(f"{PATH}/{NAME}", content=DATA).status_code == 200
     assert client.put(f"{PATH}/{NAME}", content=DATA).status_code == 200  # it's there
     other, data = packed(torch.ones(2))

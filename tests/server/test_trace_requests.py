@@ -19,16 +19,16 @@ from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.links import Links, Need
 from nnsight_vllm.graph.nodes import Block, Cond, Const, Export, Import, Iterations, Node, Op, Read, Ref, Save
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.server.trace_requests import Missing, Received
+from nnsight_vllm.server.trace_requests import MissingTensors, TraceReader
 from nnsight_vllm.wire.trace import Asked, SentRequest, SentTrace
 
 VECTOR = safetensors.torch.save({"tensor": torch.ones(4)})
 
 
-def received(**limits: Any) -> Received:
+def received(**limits: Any) -> TraceReader:
     engine: Any = ToyEngine()
     bounds: Any = ToyLimits(**limits)
-    return Received(engine, bounds, "alice", lambda name: None)
+    return TraceReader(engine, bounds, "alice", lambda name: None)
 
 
 def body(*requests: SentRequest, **more: Any) -> bytes:
@@ -117,7 +117,7 @@ def test_what_is_not_legal_is_refused_with_its_place(data: bytes, param: str | N
 
 def test_tensors_that_nobody_has_are_named() -> None:
     error = refused(body(request(Const(0, "ab" * 32))))
-    assert isinstance(error, Missing) and error.digests == ["ab" * 32] and int(error.status) == 409
+    assert isinstance(error, MissingTensors) and error.digests == ["ab" * 32] and int(error.status) == 409
 
 
 def test_a_tensor_by_another_name_is_refused() -> None:
