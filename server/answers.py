@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from nnsight_vllm.frontend.collector import Fresh
+from nnsight_vllm.server.full import SaveForm
 
 Keep = Callable[[bytes], str]
 """Keeps safetensors bytes with one tensor named `tensor`; returns the link under which they are fetched."""
@@ -24,14 +25,9 @@ Keep = Callable[[bytes], str]
 
 @dataclass(frozen=True)
 class ResultFormat:
-    """How a request's saved values are told.
+    """How a request's saved values are told: each by its `SaveForm`, a tensor above `inline_bytes` behind a link."""
 
-    `over_iterations`: names of lists with a value an iteration, told as one tensor with a leading iteration axis where shapes
-    agree. `streamed`: names that come with the token they belong to. A tensor above `inline_bytes` goes behind a link.
-    """
-
-    over_iterations: frozenset[str]
-    streamed: frozenset[str]
+    saves: Mapping[str, SaveForm]
     inline_bytes: int
     keep: Keep
 
@@ -52,7 +48,7 @@ class ChoiceResults:
 
     def add(self, fresh: Fresh) -> None:
         for name, value in fresh.values.items():
-            into = self.new if name in self.format.streamed else self.values
+            into = self.new if self.format.saves[name].stream else self.values
             known = into.get(name)
             if isinstance(value, list) and isinstance(known, list) and name not in fresh.replaced:
                 known.extend(value)
@@ -72,7 +68,7 @@ class ChoiceResults:
         return {"saved": saved, "logs": logs, "stopped": self.is_stopped}
 
     def _json(self, name: str, value: object) -> object:
-        return to_json(stacked(value) if name in self.format.over_iterations else value, self.format)
+        return to_json(stacked(value) if self.format.saves[name].over_iterations else value, self.format)
 
 
 def stacked(value: object) -> object:

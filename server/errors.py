@@ -75,7 +75,7 @@ async def answer_refused(raw_request: Request, refused: Exception) -> JSONRespon
     """FastAPI's handler of `Refused`."""
     assert isinstance(refused, Refused)
     if not isinstance(refused, Failed):
-        metrics.count_rejected(refused.kind)
+        metrics.rejected.labels(refused.kind).inc()
         where = {"id": journal.asked_id(raw_request), "route": raw_request.scope["route"].path}
         journal.write({**where, "outcome": refused.kind, "status": int(refused.status), "param": refused.param or ""})
     return JSONResponse(refused.body(), status_code=int(refused.status), headers=refused.headers)

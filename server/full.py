@@ -20,7 +20,11 @@ from nnsight_vllm.trace.tree import Tree
 
 @dataclass(frozen=True)
 class SaveForm:
-    """How a saved value comes home: over iterations it is a list with an item for each."""
+    """How a saved value comes home.
+
+    `over_iterations`: a list with an item for each, told as one tensor with a leading iteration axis where shapes agree.
+    `stream`: each item with the token that it belongs to.
+    """
 
     over_iterations: bool
     stream: bool
@@ -65,7 +69,7 @@ def require_size(graph: Graph, most: int, param: str) -> None:
     """Count its nodes. Raises `Refused` for too many."""
     found = count_nodes(graph, most)
     require_at_most(most, found, "nodes in a graph", param)
-    metrics.count_nodes(found)
+    metrics.nodes.inc(found)
 
 
 def _names_of(graph: Graph) -> dict[str, bool]:

@@ -21,9 +21,9 @@ _logger = logging.getLogger(__name__)
 
 _requests = Counter("nnsight_requests_with_graphs", "Requests with graphs that were sent to the engine.")
 _graphs = Counter("nnsight_graphs", "Graphs of these requests.")
-_nodes = Counter("nnsight_graph_nodes", "Nodes of the graphs that came in or were made of a short form.")
-_rejected = Counter("nnsight_rejected", "Requests that were refused, by the type of the error.", ["reason"])
-_failed = Counter("nnsight_failed", "Graphs that failed while they ran, by the type of the error.", ["reason"])
+nodes = Counter("nnsight_graph_nodes", "Nodes of the graphs that came in or were made of a short form.")
+rejected = Counter("nnsight_rejected", "Requests that were refused, by the type of the error.", ["reason"])
+failed = Counter("nnsight_failed", "Graphs that failed while they ran, by the type of the error.", ["reason"])
 running = Gauge("nnsight_running", "Requests with interventions that run, as their limit counts them.")
 
 
@@ -31,21 +31,6 @@ def count_request(graphs: Sized) -> None:
     """A request goes to the engine with these graphs."""
     _requests.inc()
     _graphs.inc(len(graphs))
-
-
-def count_nodes(number: int) -> None:
-    """A graph has so many nodes."""
-    _nodes.inc(number)
-
-
-def count_rejected(kind: str) -> None:
-    """A request is refused; `kind` is the error's type, of which there are few."""
-    _rejected.labels(kind).inc()
-
-
-def count_failed(kind: str) -> None:
-    """A graph failed in the engine."""
-    _failed.labels(kind).inc()
 
 
 class StatsRefresh:

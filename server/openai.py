@@ -16,9 +16,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import Field
-from starlette.background import BackgroundTask
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import api_router as completion
@@ -30,6 +27,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from nnsight_vllm.server import journal
 from nnsight_vllm.server.bodies import InterventionRoute
+from nnsight_vllm.server.closing import ClosingResponse
 from nnsight_vllm.server.edited import EditedModel
 from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.openai_run import OpenAIRun, current
@@ -116,7 +114,7 @@ async def _answered(route: Route, request: Any, raw_request: Request) -> Any:
             named, request.model = request.model, state.base_names[0]
         response = await _run(run, route, request, raw_request, named)
         if isinstance(response, StreamingResponse):
-            return _Closing(response, running.pop_all().close)
+            return ClosingResponse(response, response.body_iterator, running.pop_all())
         return response
 
 
@@ -229,18 +227,3 @@ def _event_with(run: OpenAIRun, event: str | bytes, named: str | None) -> str | 
         if named is not None and isinstance(place, dict) and "model" in place:
             place["model"] = named
     return f"{head}data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-class _Closing(Response):
-    """A response, and what to do when it's sent or was given up."""
-
-    def __init__(self, response: Response, close: Callable[[], None]) -> None:
-        self._response = response
-        self._close = close
-        self.background: BackgroundTask | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._response(scope, receive, send)
-        finally:
-            self._close()

@@ -25,6 +25,7 @@ from nnsight_vllm.server.full import Lowered
 from nnsight_vllm.server.schema import Intervention
 from nnsight_vllm.server.short import lower
 from nnsight_vllm.server.state import ServerState
+from nnsight_vllm.server.tensor_refs import TensorOf
 from nnsight_vllm.trace.backend import Prompt, Request
 from nnsight_vllm.wire.extras import KEY
 
@@ -109,18 +110,13 @@ class OpenAIRun:
                 yield heard.output
 
     def _format(self, lowered: Lowered | None) -> ResultFormat:
-        names = lowered.names if lowered is not None else {}
-        return ResultFormat(
-            frozenset(name for name, form in names.items() if form.over_iterations),
-            frozenset(name for name, form in names.items() if form.stream),
-            self._state.limits.inline_result_bytes,
-            self._keep,
-        )
+        saves = lowered.names if lowered is not None else {}
+        return ResultFormat(saves, self._state.limits.inline_result_bytes, self._keep)
 
     def _collect(self, heard: Heard, format: ResultFormat, first: int) -> None:
         """Keep what a step brought for the answer. Raises `Failed`."""
         if heard.failure is not None:
-            metrics.count_failed(heard.failure.kind)
+            metrics.failed.labels(heard.failure.kind).inc()
             self._failure = heard.failure.kind
             raise failed(heard.failure)
         for sample, fresh in heard.fresh.items():
@@ -144,9 +140,8 @@ class OpenAIRun:
         tensors: dict[str, bytes] = {}
         edits: tuple[bytes, ...] = ()
         if self._edited is not None:
-            known = self._edited.tensors
             standing = self._standing(self._edited, rows, params.max_tokens)
-            edits, tensors = (encode(standing.graph),), {**known, **standing.tensors}
+            edits, tensors = (encode(standing.graph),), {**self._edited.tensors, **standing.tensors}
         own = None
         if self._intervention is not None:
             own = self._full_form or self._own(self._intervention, rows, params.max_tokens)
@@ -164,17 +159,18 @@ class OpenAIRun:
         return request, tensors, own
 
     def _own(self, intervention: Intervention, rows: int, max_tokens: int | None) -> Lowered:
-        tensor_of = partial(self._state.tensors.get, self._tenant)
-        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
-        return lower(intervention, tree, rows, max_tokens, tensor_of, most)
+        return self._lower(intervention, rows, max_tokens, partial(self._state.tensors.get, self._tenant))
 
     def _standing(self, edited: EditedModel, rows: int, max_tokens: int | None) -> Lowered:
-        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
         try:
-            return lower(edited.intervention, tree, rows, max_tokens, edited.tensor_of, most)
+            return self._lower(edited.intervention, rows, max_tokens, edited.tensor_of)
         except Refused as error:
             message = f"the edit {edited.name!r} can't go with this request: {error.param}: {error.message}"
             raise Refused(message, "model", status=error.status, kind=error.kind) from None
+
+    def _lower(self, intervention: Intervention, rows: int, max_tokens: int | None, tensor_of: TensorOf) -> Lowered:
+        tree, most = self._state.engine.tree, self._state.limits.graph_nodes
+        return lower(intervention, tree, rows, max_tokens, tensor_of, most)
 
     def _keep(self, data: bytes) -> str:
         return f"{RESULTS}/{self._state.results.add(self._tenant, data)}"

@@ -37,7 +37,7 @@ class SelectedRows:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedPositions:
     """`over_iterations`: not the prompt alone. `is_single`: one row at each iteration."""
 
     parts: tuple[SelectedRows, ...]
@@ -65,19 +65,19 @@ def choose(
     has_one_row: bool,
     is_save: bool,
     param: str,
-) -> Selection:
+) -> SelectedPositions:
     """The positions in a prompt of `rows` tokens. Raises `Refused` where the site has no row, or a save would wait in vain.
 
     An edit may name positions that never come: an edited model's are the same for prompts of every length.
     """
     if positions == "all":
-        return Selection((SelectedRows(0, None),), True, has_one_row)
+        return SelectedPositions((SelectedRows(0, None),), True, has_one_row)
     if positions == "last":
-        return Selection((SelectedRows(0, None, rows=LAST),), True, True)
+        return SelectedPositions((SelectedRows(0, None, rows=LAST),), True, True)
     if positions == "prompt":
-        return Selection((SelectedRows(0, 1),), False, has_one_row)
+        return SelectedPositions((SelectedRows(0, 1),), False, has_one_row)
     if positions == "generated":
-        return Selection((SelectedRows(1, None),), True, True)
+        return SelectedPositions((SelectedRows(1, None),), True, True)
     before = rows - 1 if has_one_row else 0  # positions without a row
     last = rows + max_tokens - 2 if is_save and max_tokens is not None else None
     if isinstance(positions, PositionRange):
@@ -85,7 +85,9 @@ def choose(
     return _list(sorted(set(map(int, positions))), rows, before, last, has_one_row, param)
 
 
-def _list(positions: list[int], rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Selection:
+def _list(
+    positions: list[int], rows: int, before: int, last: int | None, has_one_row: bool, param: str
+) -> SelectedPositions:
     if positions[0] < before:
         raise Refused(f"there is one row an iteration here, the first at position {before}; got {positions[0]}", param)
     _refuse_late(positions[-1], last, param)
@@ -93,10 +95,12 @@ def _list(positions: list[int], rows: int, before: int, last: int | None, has_on
     later = [p - rows + 1 for p in positions if p >= rows]
     parts = [SelectedRows(0, 1, rows=_as_slice(in_prompt))] if in_prompt else []
     parts += [SelectedRows(start, stop) for start, stop in _runs(later)]
-    return Selection(tuple(parts), bool(later), has_one_row or not in_prompt)
+    return SelectedPositions(tuple(parts), bool(later), has_one_row or not in_prompt)
 
 
-def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_one_row: bool, param: str) -> Selection:
+def _range(
+    asked: PositionRange, rows: int, before: int, last: int | None, has_one_row: bool, param: str
+) -> SelectedPositions:
     start = asked.start + max(0, -((asked.start - before) // asked.step)) * asked.step  # the first that has a row
     if asked.stop is not None and start >= asked.stop:
         raise Refused(f"there is one row an iteration here, the first at position {before}", param)
@@ -110,7 +114,7 @@ def _range(asked: PositionRange, rows: int, before: int, last: int | None, has_o
     if is_later:
         end = None if asked.stop is None else asked.stop - rows + 1
         parts.append(SelectedRows(later - rows + 1, end, asked.step))
-    return Selection(tuple(parts), is_later, has_one_row or start >= rows)
+    return SelectedPositions(tuple(parts), is_later, has_one_row or start >= rows)
 
 
 def _refuse_late(position: int, last: int | None, param: str) -> None:
@@ -141,7 +145,7 @@ def refuse_many(found: int, most: int) -> None:
         raise Refused(message, "intervention", kind="AdmissionError")
 
 
-def action_blocks(chosen: Sequence[Selection], max_tokens: int | None, most: int) -> Iterator[ActionBlock]:
+def action_blocks(chosen: Sequence[SelectedPositions], max_tokens: int | None, most: int) -> Iterator[ActionBlock]:
     """The blocks that hold all parts that run, one after the other; as few as can be. Raises `Refused` above `most` actions in all."""
     parts = [(i, part) for i, one in enumerate(chosen) for part in one.parts]
     marks = sorted({mark for _, part in parts for mark in (part.first, part.stop) if mark is not None})

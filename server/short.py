@@ -27,8 +27,8 @@ from nnsight_vllm.server.full import Lowered, SaveForm, lower_full, refused_at, 
 from nnsight_vllm.server.positions import (
     ActionBlock,
     RowIndex,
+    SelectedPositions,
     SelectedRows,
-    Selection,
     action_blocks,
     choose,
     refuse_many,
@@ -82,8 +82,7 @@ class _Constants(Constants):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names: dict[int, str] = {}
-        self._kept: list[torch.Tensor] = []
+        self._named: dict[int, tuple[str, torch.Tensor]] = {}  # by the stand-in's id, which is its own while it's kept
 
     def named(self, name: str, data: bytes) -> torch.Tensor:
         """A stand-in for the tensor in these bytes."""
@@ -92,12 +91,11 @@ class _Constants(Constants):
         if dtype is None:
             raise ValueError(f"expected a tensor of float32, float16 or bfloat16; got {header['dtype']}")
         stand_in = torch.empty(header["shape"], dtype=dtype, device="meta")
-        self._kept.append(stand_in)
-        self._names[id(stand_in)] = name
+        self._named[id(stand_in)] = name, stand_in
         return stand_in
 
     def add(self, tensor: torch.Tensor) -> str:
-        return self._names[id(tensor)]
+        return self._named[id(tensor)][0]
 
 
 _BY_NAME = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -110,7 +108,7 @@ class _Action:
     spec: Any
     param: str
     site: SiteInfo
-    chosen: Selection
+    chosen: SelectedPositions
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     list: Any = None
 
@@ -119,53 +117,48 @@ class _Action:
         return isinstance(self.spec, SaveSpec)
 
 
+@dataclass
 class _Recording:
     """Records one short form. `run` is called once, in a context of its own."""
 
-    def __init__(
-        self,
-        intervention: Intervention,
-        tree: Tree,
-        rows: int,
-        max_tokens: int | None,
-        refs: TensorRefs,
-        max_nodes: int,
-    ) -> None:
-        self._intervention, self._tree, self._rows, self._max_tokens = intervention, tree, rows, max_tokens
-        self._refs = refs
-        self._max_nodes = max_nodes
-        self._num_parts = 0
-        self._constants = _Constants()
-        self._recorder: Recorder
+    intervention: Intervention
+    tree: Tree
+    rows: int
+    max_tokens: int | None
+    refs: TensorRefs
+    max_nodes: int
+    num_parts: int = 0
+    constants: _Constants = field(default_factory=_Constants)
+    recorder: Recorder = field(init=False)
 
     def run(self) -> Lowered:
         hide_lines()
         actions = self._actions()
-        self._refs.refuse_unused()
-        blocks = list(action_blocks([action.chosen for action in actions], self._max_tokens, self._max_nodes))
-        self._recorder = Recorder(self._tree, self._constants, self._rows, self._max_tokens)
-        push(self._recorder)
+        self.refs.refuse_unused()
+        blocks = list(action_blocks([action.chosen for action in actions], self.max_tokens, self.max_nodes))
+        self.recorder = Recorder(self.tree, self.constants, self.rows, self.max_tokens)
+        push(self.recorder)
         for action in actions:
             if action.is_save and action.chosen.over_iterations:
-                action.list = self._recorder.op("py.list", list, (), {})
+                action.list = self.recorder.op("py.list", list, (), {})
                 self._save(action, action.list)
         for block in blocks:
             self._block(block, actions)
         try:
-            graph = self._recorder.graph()
-            require_size(graph, self._max_nodes, "intervention")
-            check(graph, self._tree.catalogue)
+            graph = self.recorder.graph()
+            require_size(graph, self.max_nodes, "intervention")
+            check(graph, self.tree.catalogue)
         except NNsightError as error:
             raise refused_at(error, "intervention") from None
         saves = [action for action in actions if action.is_save]
         names = {one.spec.name: SaveForm(one.chosen.over_iterations, one.spec.stream) for one in saves}
         used = constants_of(graph.body)
-        return Lowered(graph, {name: data for name, data in self._refs.used.items() if name in used}, names)
+        return Lowered(graph, {name: data for name, data in self.refs.used.items() if name in used}, names)
 
     def _actions(self) -> list[_Action]:
-        found = [self._action(edit, f"intervention.edits[{i}]") for i, edit in enumerate(self._intervention.edits)]
+        found = [self._action(edit, f"intervention.edits[{i}]") for i, edit in enumerate(self.intervention.edits)]
         known: dict[str, int] = {}
-        for i, save in enumerate(self._intervention.save):
+        for i, save in enumerate(self.intervention.save):
             if save.name in known:
                 message = f"{save.name!r} is the name of save[{known[save.name]}] already"
                 raise Refused(message, f"intervention.save[{i}].name")
@@ -174,15 +167,15 @@ class _Recording:
         return sorted(found, key=lambda one: (one.site.order, one.site.name, one.is_save))
 
     def _action(self, spec: EditSpec | SaveSpec, param: str) -> _Action:
-        site = find_site(self._tree, spec.site, f"{param}.site")
+        site = find_site(self.tree, spec.site, f"{param}.site")
         positions = f"{param}.positions"
         has_one_row = site.name.startswith(SINGLE_ROW)
         asked: Any = spec.positions
         is_save = isinstance(spec, SaveSpec)
-        chosen = choose(asked, self._rows, self._max_tokens, has_one_row, is_save, positions)
+        chosen = choose(asked, self.rows, self.max_tokens, has_one_row, is_save, positions)
         action = _Action(spec, param, site, chosen)
-        self._num_parts += len(action.chosen.parts)
-        refuse_many(self._num_parts, self._max_nodes)
+        self.num_parts += len(action.chosen.parts)
+        refuse_many(self.num_parts, self.max_nodes)
         if not isinstance(spec, SaveSpec):
             self._check_editable(site, f"{param}.site")
             action.tensors = self._tensors(spec, site.shape[-1], param)
@@ -201,9 +194,9 @@ class _Recording:
         found: dict[str, torch.Tensor] = {}
         for name in _VECTORS & type(edit).model_fields.keys():
             where = f"{param}.{name}"
-            key, data = self._refs.find(getattr(edit, name), where)
+            key, data = self.refs.find(getattr(edit, name), where)
             try:
-                found[name] = self._constants.named(key, data)
+                found[name] = self.constants.named(key, data)
             except ValueError as error:
                 raise Refused(str(error), where) from None
             if name not in ("down", "up"):
@@ -240,12 +233,12 @@ class _Recording:
         is_due = (index - part.first) % part.step == 0
         if part.first > start:
             is_due = is_due * (index >= part.first)
-        handle = self._recorder.flow.begin_cond(is_due)
+        handle = self.recorder.flow.begin_cond(is_due)
         self._act(action, part)
-        self._recorder.flow.end_cond(handle, [])
+        self.recorder.flow.end_cond(handle, [])
 
     def _act(self, action: _Action, part: SelectedRows) -> None:
-        place = self._recorder.places.read(action.site)
+        place = self.recorder.places.read(action.site)
         if action.is_save:
             self._collect(action, place, part)
         elif not action.site.refuse_inplace:
@@ -253,7 +246,7 @@ class _Recording:
         else:
             changed = place.clone()
             _edit(action, changed, part.rows)
-            self._recorder.places.write(action.site, changed)
+            self.recorder.places.write(action.site, changed)
 
     def _collect(self, action: _Action, place: Any, part: SelectedRows) -> None:
         if action.list is None:
@@ -264,7 +257,7 @@ class _Recording:
             action.list.append(_picked(place, part.rows))
 
     def _save(self, action: _Action, value: Any) -> None:
-        recorder = self._recorder
+        recorder = self.recorder
         recorder.add(Save(recorder.new_id(), action.spec.name, recorder.use(value)))
 
 

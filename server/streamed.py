@@ -8,30 +8,19 @@ from contextlib import ExitStack
 from http import HTTPStatus
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from nnsight_vllm.client.trace_codec import answered_of, encode_frame, sent_notice
 from nnsight_vllm.errors import InterventionError, NNsightError
+from nnsight_vllm.server.closing import ClosingResponse
 from nnsight_vllm.server.errors import Refused
-from nnsight_vllm.trace.events import Notice, RunningTrace
-from nnsight_vllm.trace.events import Receive as Listen
+from nnsight_vllm.trace.events import Notice, Receive, RunningTrace
 from nnsight_vllm.wire.trace import FRAMES, Broken
 
 
-class StreamedTrace(StreamingResponse):
+def streamed_trace(start: Callable[[Receive], RunningTrace], held: ExitStack) -> ClosingResponse:
     """Runs the requests when it is sent; a client that goes ends them. `held` is given back at its end."""
-
-    def __init__(self, start: Callable[[Listen], RunningTrace], held: ExitStack) -> None:
-        self._held = held
-        self._frames = _frames(start)
-        super().__init__(self._frames, media_type=FRAMES)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                await self._frames.aclose()
+    frames = _frames(start)
+    return ClosingResponse(StreamingResponse(frames, media_type=FRAMES), frames, held)
 
 
 def not_run(error: NNsightError) -> Refused:
@@ -41,7 +30,7 @@ def not_run(error: NNsightError) -> Refused:
     return Refused(str(error), "requests", kind=type(error).__name__)
 
 
-async def _frames(start: Callable[[Listen], RunningTrace]) -> AsyncGenerator[bytes, None]:
+async def _frames(start: Callable[[Receive], RunningTrace]) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
     notices: asyncio.Queue[Notice | None] = asyncio.Queue()
 

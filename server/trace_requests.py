@@ -87,7 +87,7 @@ class TraceReader:
         for data, param in places:
             if data not in found:
                 found[data], num_nodes = self._graph(data, num_nodes, param)
-        metrics.count_nodes(num_nodes)
+        metrics.nodes.inc(num_nodes)
         return found
 
     def _graph(self, data: bytes, num_nodes: int, param: str) -> tuple[Graph, int]:

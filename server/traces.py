@@ -29,7 +29,7 @@ from nnsight_vllm.server.bodies import read_body
 from nnsight_vllm.server.errors import Refused, documented
 from nnsight_vllm.server.limits import ServerLimits
 from nnsight_vllm.server.state import ServerState, state_of, tenant_of
-from nnsight_vllm.server.streamed import StreamedTrace, not_run
+from nnsight_vllm.server.streamed import not_run, streamed_trace
 from nnsight_vllm.server.trace_requests import MissingTensors, TraceReader
 from nnsight_vllm.trace.backend import Outcome
 from nnsight_vllm.trace.events import Receive, RunningTrace
@@ -156,7 +156,7 @@ async def trace(raw_request: Request) -> Response:
             return run
 
         if FRAMES in raw_request.headers.get("accept", ""):
-            return StreamedTrace(start, held.pop_all())
+            return streamed_trace(start, held.pop_all())
         outcomes = await _outcomes(start(), raw_request)
         if outcomes is None:
             return Response(status_code=_GONE)
@@ -171,7 +171,7 @@ def _ended(outcomes: Future[list[Outcome]]) -> str:
         return type(error).__name__
     failures = [sample.failure for outcome in outcomes.result() for sample in outcome.samples if sample.failure]
     for failure in failures:
-        metrics.count_failed(failure.kind)
+        metrics.failed.labels(failure.kind).inc()
     return failures[0].kind if failures else "answered"
 
 
@@ -205,15 +205,7 @@ async def _disconnected(raw_request: Request) -> None:
 
 def _reader(raw_request: Request) -> TraceReader:
     state, tenant = state_of(raw_request), tenant_of(raw_request)
-
-    def find(name: str) -> bytes | None:
-        try:
-            known, data = state.tensors.get(tenant, name)
-        except Refused:
-            return None
-        return data if known == name else None
-
-    return TraceReader(state.engine, state.limits, tenant, find)
+    return TraceReader(state.engine, state.limits, tenant, functools.partial(state.tensors.by_digest, tenant))
 
 
 def _described(state: ServerState) -> bytes:

@@ -176,10 +176,8 @@ class ToyTensors:
         self.data: dict[tuple[str, str], bytes] = {}
         self.num_puts = 0
 
-    def get(self, tenant: str, reference: str) -> tuple[str, bytes]:
-        if (tenant, reference) not in self.data:
-            raise Refused(f"no tensor {reference!r}", "tensor", status=HTTPStatus.NOT_FOUND)
-        return reference, self.data[tenant, reference]
+    def by_digest(self, tenant: str, digest: str) -> bytes | None:
+        return self.data.get((tenant, digest))
 
 
 class ToyConcurrent:

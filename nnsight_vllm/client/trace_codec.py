@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ from nnsight_vllm.wire.trace import (
     Answered,
     AnswerFrame,
     Chance,
-    Chances,
     SentCompletion,
     SentNotice,
     SentOutcome,
@@ -121,7 +120,7 @@ def _sent_outcome(outcome: Outcome) -> SentOutcome:
         [_sent_sample(one) for one in outcome.samples],
         result.prompt,
         result.prompt_token_ids,
-        _chances(result.prompt_logprobs),
+        _each_place(Chance, result.prompt_logprobs),
         result.num_cached_tokens,
     )
 
@@ -131,7 +130,7 @@ def _outcome(sent: SentOutcome) -> Outcome:
         [_completion(one) for one in sent.completions],
         sent.prompt,
         sent.prompt_token_ids,
-        _logprobs(sent.prompt_logprobs),
+        _each_place(Logprob, sent.prompt_logprobs),
         sent.num_cached_tokens,
     )
     return Outcome(result, [_sample(one) for one in sent.samples])
@@ -147,7 +146,12 @@ def _sample(sent: SentSample) -> Sample:
 
 def _sent_completion(one: Completion) -> SentCompletion:
     return SentCompletion(
-        one.text, one.token_ids, one.finish_reason, one.stop_reason, _chances(one.logprobs), one.cumulative_logprob
+        one.text,
+        one.token_ids,
+        one.finish_reason,
+        one.stop_reason,
+        _each_place(Chance, one.logprobs),
+        one.cumulative_logprob,
     )
 
 
@@ -157,27 +161,18 @@ def _completion(sent: SentCompletion) -> Completion:
         sent.token_ids,
         sent.finish_reason,
         sent.stop_reason,
-        _logprobs(sent.logprobs),
+        _each_place(Logprob, sent.logprobs),
         sent.cumulative_logprob,
     )
 
 
-def _chances(logprobs: Any) -> Chances | None:
-    """From vLLM's, one mapping a position; a prompt's first token has none."""
+def _each_place(kind: Callable[[float, int | None, str | None], T], logprobs: Any) -> list[dict[int, T] | None] | None:
+    """One mapping a position; a prompt's first token has none."""
     if logprobs is None:
         return None
     return [
         None
         if place is None
-        else {int(id): Chance(one.logprob, one.rank, one.decoded_token) for id, one in place.items()}
+        else {int(id): kind(one.logprob, one.rank, one.decoded_token) for id, one in place.items()}
         for place in logprobs
-    ]
-
-
-def _logprobs(sent: Chances | None) -> list[dict[int, Logprob] | None] | None:
-    if sent is None:
-        return None
-    return [
-        None if place is None else {id: Logprob(one.logprob, one.rank, one.decoded_token) for id, one in place.items()}
-        for place in sent
     ]
