@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import httpx
+import torch
 
 if TYPE_CHECKING:
     from typing import Self
@@ -26,6 +30,9 @@ ENGINE = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--
 ENGINE += ["--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 OURS = [sys.executable, "-m", "nnsight_vllm.server.cli", "serve"]
+BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
+SCALED = {"site": "model.layers.0.output[0]", "op": "scale", "scale": -3.0}
+LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
 STOCK = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
@@ -68,6 +75,33 @@ class LiveServer:
     ) -> None:
         self.stop()
         self._log.close()
+
+    def ask(self, method: str, route: str, tenant: str = "alice", **more: Any) -> httpx.Response:
+        """A request below `/v1/`, with a tenant's key; `more` is what `httpx.request` takes."""
+        return httpx.request(method, f"{self.url}/v1/{route}", **_with_key(tenant, more))
+
+    def post(self, body: Any, route: str = "completions", tenant: str = "alice", **headers: str) -> httpx.Response:
+        return self.ask("POST", route, tenant, json=body, headers=headers)
+
+    def stream(self, body: Any, tenant: str = "alice") -> AbstractContextManager[httpx.Response]:
+        """A streamed completion, to be read as it comes."""
+        return httpx.stream(
+            "POST", f"{self.url}/v1/completions", **_with_key(tenant, {"json": {**body, "stream": True}})
+        )
+
+    def leftovers(self) -> Any:
+        """What its engine still holds of requests that have ended."""
+        return self.ask("GET", "interventions/integrity").json()["leftovers"]
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=60).text
+
+    def metric(self, name: str, default: float | None = None) -> float:
+        """A metric's value, summed over its labels; `default` where it has none yet."""
+        text = self.metrics()
+        found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M)
+        assert found or default is not None, f"no {name} in:\n{text}"
+        return sum(map(float, found)) if found else default or 0
 
     def signal(self, number: int) -> None:
         assert self._process is not None
@@ -113,6 +147,29 @@ class LiveServer:
                     return
             time.sleep(0.2)
         raise TimeoutError(f"the server didn't answer within {self._seconds:.0f} s:\n{self.log[-6000:]}")
+
+
+def key_of(tenant: str) -> dict[str, str]:
+    """As a header."""
+    return {"Authorization": f"Bearer {KEYS[tenant]}"}
+
+
+def _with_key(tenant: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"timeout": 60, **arguments, "headers": {**key_of(tenant), **arguments.get("headers", {})}}
+
+
+def tensor_of(saved: Mapping[str, Any]) -> torch.Tensor:
+    """A saved tensor of an answer."""
+    data = bytearray(base64.b64decode(saved["data"]))
+    return torch.frombuffer(data, dtype=getattr(torch, saved["dtype"])).reshape(saved["shape"])
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether it came to be so in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 def free_port() -> int:

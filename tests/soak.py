@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 import httpx
 import torch
-from live_server import KEYS, LiveServer, serve_tiny
+from live_server import KEYS, LAST, LiveServer, key_of, serve_tiny, tensor_of
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -38,7 +37,6 @@ from nnsight_vllm import VLLM
 
 NUM_WORKERS = 48  # the server has 32 seats
 HIDDEN_SITE = "model.layers.0.output[0]"
-LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
 WHOLE = {"name": "all", "site": "model.layers.1.output[0]", "positions": "prompt"}
 PROMPTS = [
     " ".join(f"{word}{number}" for number in range(3 + 5 * i)) for i, word in enumerate(("ab", "cd", "ef", "gh"))
@@ -370,11 +368,7 @@ def body_of(prompt: str, edits: list[JSON] | None = None, saves: list[JSON] | No
 
 def saved_of(choice: JSON) -> dict[str, Tensor]:
     """The tensors in an answer."""
-    return {name: _tensor_of(told) for name, told in choice["intervention"]["saved"].items() if "data" in told}
-
-
-def key_of(tenant: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {KEYS[tenant]}"}
+    return {name: tensor_of(told) for name, told in choice["intervention"]["saved"].items() if "data" in told}
 
 
 def resident(session: int) -> dict[str, int]:
@@ -398,11 +392,6 @@ def _scaled(scale: float) -> JSON:
 
 def _key(prompt: str, edits: list[JSON]) -> str:
     return json.dumps([prompt, edits])
-
-
-def _tensor_of(told: JSON) -> Tensor:
-    data = bytearray(base64.b64decode(told["data"]))
-    return torch.frombuffer(data, dtype=getattr(torch, told["dtype"])).reshape(told["shape"])
 
 
 def _hidden_of(told: JSON) -> int:

@@ -12,17 +12,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from live_server import LiveServer
+from live_server import KEYS, LiveServer
 
 import nnsight_vllm as nv
 from nnsight_vllm import VLLM
 from nnsight_vllm.errors import AdmissionError, ConnectionFailed, InterventionError, UnauthorizedError
 
 ENGINE_TESTS = Path(__file__).parent.parent / "engine"
-KEY = "key-of-alice"
+KEY = KEYS["alice"]
 PROMPT = [5, 17, 33, 90, 41, 7]
 _INSIDE = (
     ".llm",
@@ -148,17 +147,15 @@ def test_structured_outputs_pass(model: VLLM) -> None:
 
 
 def test_a_named_edit_is_a_model_that_plain_clients_name(model: VLLM, live: LiveServer) -> None:
-    headers = {"Authorization": f"Bearer {KEY}"}
     body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 4, "ignore_eos": True}
     with model.edit("louder"):
         model.model.layers[1].output[0][:] *= -3.0
     with model.trace(PROMPT, temperature=0.0, max_tokens=4, ignore_eos=True, edits=["louder"]) as tracer:
         done = tracer.result.save()
-    named = httpx.post(f"{live.url}/v1/completions", json={**body, "model": "tiny:louder"}, headers=headers)
-    plain = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers)
+    named, plain = live.post({**body, "model": "tiny:louder"}), live.post(body)
     assert named.json()["choices"][0]["text"] == done.text != plain.json()["choices"][0]["text"]
     del model.edits["louder"]
-    names = [card["id"] for card in httpx.get(f"{live.url}/v1/models", headers=headers).json()["data"]]
+    names = [card["id"] for card in live.ask("GET", "models").json()["data"]]
     assert "tiny:louder" not in names
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,32 +11,19 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from live_server import KEYS, LiveServer
+from live_server import BODY, LAST, SCALED, LiveServer, tensor_of, wait_until
 from safetensors.torch import load, save
 
 from nnsight_vllm.graph.codec import to_json
 from nnsight_vllm.graph.nodes import Block, Graph, Op, Read, Ref, Save
 
-HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
-BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
-LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
 NUM_ROWS = BODY["max_tokens"]  # an iteration each: the prompt's, and one for each token but the last
 
 
-def post(live: LiveServer, body: dict[str, Any], route: str = "completions") -> httpx.Response:
-    return httpx.post(f"{live.url}/v1/{route}", json=body, headers=HEADERS, timeout=60)
-
-
-def tensor_of(told: dict[str, Any]) -> torch.Tensor:
-    data = bytearray(base64.b64decode(told["data"]))
-    return torch.frombuffer(data, dtype=getattr(torch, told["dtype"])).reshape(told["shape"])
-
-
 def test_an_edit_changes_what_is_generated_and_nobody_elses_tokens(live: LiveServer) -> None:
-    edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": -3.0}
-    plain = post(live, BODY).json()["choices"][0]
-    edited = post(live, {**BODY, "intervention": {"edits": [edit]}}).json()["choices"][0]
-    again = post(live, BODY).json()["choices"][0]
+    plain = live.post(BODY).json()["choices"][0]
+    edited = live.post({**BODY, "intervention": {"edits": [SCALED]}}).json()["choices"][0]
+    again = live.post(BODY).json()["choices"][0]
     assert plain == again
     assert edited["text"] != plain["text"]
     assert "intervention" not in plain
@@ -46,10 +31,9 @@ def test_an_edit_changes_what_is_generated_and_nobody_elses_tokens(live: LiveSer
 
 
 def test_what_is_saved_is_the_same_in_one_piece_and_streamed(live: LiveServer) -> None:
-    whole = post(live, {**BODY, "intervention": {"save": [LAST]}}).json()["choices"][0]["intervention"]["saved"]["h"]
-    body = {**BODY, "stream": True, "intervention": {"save": [{**LAST, "stream": True}]}}
+    whole = live.post({**BODY, "intervention": {"save": [LAST]}}).json()["choices"][0]["intervention"]["saved"]["h"]
     pieces = []
-    with httpx.stream("POST", f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=60) as response:
+    with live.stream({**BODY, "intervention": {"save": [{**LAST, "stream": True}]}}) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 (choice,) = json.loads(line.removeprefix("data: "))["choices"]
@@ -60,7 +44,7 @@ def test_what_is_saved_is_the_same_in_one_piece_and_streamed(live: LiveServer) -
 
 def test_every_sample_has_its_own_values(live: LiveServer) -> None:
     asked = {**BODY, "n": 2, "temperature": 1.0, "seed": 3, "intervention": {"save": [LAST]}}
-    choices = post(live, asked).json()["choices"]
+    choices = live.post(asked).json()["choices"]
     first, second = (tensor_of(choice["intervention"]["saved"]["h"]) for choice in choices)
     torch.testing.assert_close(first[0], second[0], rtol=2e-5, atol=2e-5)
     assert not torch.equal(first, second)
@@ -68,7 +52,7 @@ def test_every_sample_has_its_own_values(live: LiveServer) -> None:
 
 def test_a_wrong_site_is_a_400_that_says_where(live: LiveServer) -> None:
     edit = {"site": "model.layer.0", "op": "scale", "scale": 2.0}
-    refused = post(live, {**BODY, "intervention": {"edits": [edit]}})
+    refused = live.post({**BODY, "intervention": {"edits": [edit]}})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "intervention.edits[0].site"
 
@@ -90,7 +74,7 @@ def test_a_field_of_another_shape_is_a_400_that_says_where(
         "responses": {"model": "tiny", "input": "hello"},
         "interventions/edits": {"name": "calm"},
     }
-    refused = post(live, {**bodies.get(route, BODY), "intervention": intervention}, route)
+    refused = live.post({**bodies.get(route, BODY), "intervention": intervention}, route)
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == param
     assert refused.json()["error"]["code"] == 400
@@ -104,7 +88,7 @@ def test_what_only_the_prompt_decides_is_a_400_in_a_stream_too(live: LiveServer,
         "responses": {"model": "tiny", "input": "hello", "max_output_tokens": 4},
     }
     late = {"save": [{**LAST, "positions": [5000]}]}
-    refused = post(live, {**bodies[route], "stream": True, "intervention": late}, route)
+    refused = live.post({**bodies[route], "stream": True, "intervention": late}, route)
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"].startswith("intervention.save[0]")
 
@@ -114,16 +98,12 @@ def test_one_refused_prompt_of_several_ends_the_others(live: LiveServer, is_stre
     prompts = [[5, 17, 33, 90, 41], [7], [5, 17, 33, 90, 8]]
     save = {"save": [{"name": "h", "site": "model.layers.1.output[0]", "positions": [3]}]}
     body = {**BODY, "prompt": prompts, "max_tokens": 2, "stream": is_streamed, "intervention": save}
-    refused = post(live, {**body, "ignore_eos": True})
+    refused = live.post({**body, "ignore_eos": True})
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"].startswith("intervention.save[0]")
-    assert post(live, {**body, "prompt": [prompts[0], prompts[2]], "stream": False}).status_code == 200
-    deadline = time.monotonic() + 10
-    while (found := httpx.get(f"{live.url}/v1/interventions/integrity", headers=HEADERS, timeout=60).json())[
-        "leftovers"
-    ] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert found == {"leftovers": []}
+    assert live.post({**body, "prompt": [prompts[0], prompts[2]], "stream": False}).status_code == 200
+    wait_until(lambda: not live.leftovers())
+    assert live.leftovers() == []
 
 
 def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> None:
@@ -133,30 +113,30 @@ def test_a_large_graph_keeps_nobody_from_being_answered(live: LiveServer) -> Non
     waits = []
     start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        large = pool.submit(post, live, {**BODY, "intervention": {"graph": json.loads(to_json(graph))}})
+        large = pool.submit(live.post, {**BODY, "intervention": {"graph": json.loads(to_json(graph))}})
         while not large.done():
             began = time.monotonic()
-            assert httpx.get(f"{live.url}/v1/interventions/limits", headers=HEADERS, timeout=60).status_code == 200
+            assert live.ask("GET", "interventions/limits").status_code == 200
             waits.append(time.monotonic() - began)
     assert large.result().status_code == 200
     assert max(waits) < (time.monotonic() - start) / 4  # its analysis alone takes longer
 
 
 def test_another_field_of_another_shape_is_told_as_vllm_does(live: LiveServer) -> None:
-    refused = post(live, {**BODY, "temperature": "warm"})
+    refused = live.post({**BODY, "temperature": "warm"})
     assert refused.status_code == 400
     assert "temperature" in refused.json()["error"]["param"]
 
 
 def test_a_tensor_is_its_tenants_own(live: LiveServer) -> None:
     steer = {"site": "model.layers.0.output[0]", "op": "add", "tensor": "nobodys"}
-    refused = post(live, {**BODY, "intervention": {"edits": [steer]}})
+    refused = live.post({**BODY, "intervention": {"edits": [steer]}})
     assert refused.status_code in (400, 404)
     assert refused.json()["error"]["param"] == "intervention.edits[0].tensor"
 
 
 def test_the_engines_own_fields_are_refused(live: LiveServer) -> None:
-    refused = post(live, {**BODY, "vllm_xargs": {"nnsight_vllm": "x"}})
+    refused = live.post({**BODY, "vllm_xargs": {"nnsight_vllm": "x"}})
     assert refused.status_code == 400
 
 
@@ -166,22 +146,22 @@ def test_without_a_key_nothing_is_served(live: LiveServer) -> None:
 
 def test_a_response_has_its_values_too(live: LiveServer) -> None:
     body = {"model": "tiny", "input": "hello", "max_output_tokens": 4, "temperature": 0.0}
-    answered = post(live, {**body, "intervention": {"save": [LAST]}}, "responses")
+    answered = live.post({**body, "intervention": {"save": [LAST]}}, "responses")
     assert answered.status_code == 200, answered.text
     assert tensor_of(answered.json()["intervention"]["saved"]["h"]).shape[0] == NUM_ROWS
 
 
 @pytest.mark.parametrize("route", ["messages", "chat/completions/batch", "completions/render"])
 def test_routes_that_would_pass_over_an_intervention_refuse_it(live: LiveServer, route: str) -> None:
-    refused = post(live, {**BODY, "messages": [], "intervention": {"save": [LAST]}}, route)
+    refused = live.post({**BODY, "messages": [], "intervention": {"save": [LAST]}}, route)
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == "intervention"
 
 
 def test_requests_at_once_get_their_own_edits(live: LiveServer) -> None:
     def one(scale: float) -> str:
-        edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": scale}
-        return str(post(live, {**BODY, "intervention": {"edits": [edit]}}).json()["choices"][0]["text"])
+        edits = [{**SCALED, "scale": scale}]
+        return str(live.post({**BODY, "intervention": {"edits": edits}}).json()["choices"][0]["text"])
 
     scales = [-3.0, 1.0, 5.0, -3.0]
     alone = [one(scale) for scale in scales]
@@ -190,32 +170,22 @@ def test_requests_at_once_get_their_own_edits(live: LiveServer) -> None:
 
 
 def test_a_client_that_goes_away_in_mid_stream_leaves_the_server_as_it_was(live: LiveServer) -> None:
-    body = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream": True, "intervention": {"save": [LAST]}}
     for _ in range(3):
-        with httpx.stream("POST", f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=60) as response:
+        with live.stream({**BODY, "max_tokens": 200, "ignore_eos": True, "intervention": {"save": [LAST]}}) as response:
             next(response.iter_lines())
-    assert post(live, {**BODY, "intervention": {"save": [LAST]}}).status_code == 200
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        metrics = httpx.get(f"{live.url}/metrics", timeout=60).text
-        running = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M)
-        ours = re.search(r"^nnsight_running(?:\{.*\})? (\S+)$", metrics, re.M)
-        assert running is not None and ours is not None
-        left = float(running[1]), float(ours[1])
-        if left == (0, 0):
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"still running, by vLLM and by us: {left}")
+    assert live.post({**BODY, "intervention": {"save": [LAST]}}).status_code == 200
+    running = ("vllm:num_requests_running", "nnsight_running")  # by vLLM and by us
+    wait_until(lambda: not any(map(live.metric, running)))
+    assert [live.metric(name) for name in running] == [0, 0]
 
 
 def test_another_tenants_cached_rows_are_not_used(live: LiveServer) -> None:
     prompt = [5 + i % 90 for i in range(180)]
-    edit = {"site": "model.layers.0.output[0]", "op": "scale", "scale": 1.75}
-    body = {**BODY, "prompt": prompt, "intervention": {"edits": [edit], "save": [LAST]}}
+    edits = [{**SCALED, "scale": 1.75}]
+    body = {**BODY, "prompt": prompt, "intervention": {"edits": edits, "save": [LAST]}}
 
     def cached(tenant: str, body: dict[str, Any]) -> int:
-        headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
-        answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers, timeout=60)
+        answer = live.post(body, tenant=tenant)
         assert answer.status_code == 200, answer.text
         details = answer.json()["usage"]["prompt_tokens_details"]
         return int(details["cached_tokens"] or 0) if details else 0
@@ -230,37 +200,34 @@ def test_another_tenants_cached_rows_are_not_used(live: LiveServer) -> None:
 def test_a_large_result_is_fetched_once_by_its_tenant(live: LiveServer) -> None:
     whole = {"name": "all", "site": "model.layers.1.output[0]", "positions": "prompt"}
     body = {**BODY, "prompt": [5 + i % 90 for i in range(200)], "intervention": {"save": [whole]}}
-    told = post(live, body).json()["choices"][0]["intervention"]["saved"]["all"]
+    told = live.post(body).json()["choices"][0]["intervention"]["saved"]["all"]
     assert told["shape"] == [200, 128] and "data" not in told
-    url = f"{live.url}{told['href']}"
-    assert httpx.get(url, headers={"Authorization": f"Bearer {KEYS['bob']}"}, timeout=60).status_code == 404
-    fetched = httpx.get(url, headers=HEADERS, timeout=60)
+    route = told["href"].removeprefix("/v1/")
+    assert live.ask("GET", route, "bob").status_code == 404
+    fetched = live.ask("GET", route)
     assert fetched.status_code == 200
     assert load(fetched.content)["tensor"].shape == (200, 128)
-    assert httpx.get(url, headers=HEADERS, timeout=60).status_code == 404
+    assert live.ask("GET", route).status_code == 404
 
 
 def test_tensors_and_edited_models_are_a_tenants_own(live: LiveServer) -> None:
     data = save({"tensor": torch.ones(128)})
     digest = hashlib.sha256(data).hexdigest()
-    bob = {"Authorization": f"Bearer {KEYS['bob']}"}
-    url = f"{live.url}/v1/interventions"
-    httpx.put(f"{url}/tensors/{digest}", params={"name": "mine"}, content=data, headers=HEADERS).raise_for_status()
+    put = live.ask("PUT", f"interventions/tensors/{digest}", params={"name": "mine"}, content=data)
+    put.raise_for_status()
     edit = {"site": "model.layers.0.output[0]", "op": "add", "tensor": "mine"}
-    made = {"name": "hers", "intervention": {"edits": [edit]}}
-    httpx.post(f"{url}/edits", json=made, headers=HEADERS, timeout=60).raise_for_status()
+    live.post({"name": "hers", "intervention": {"edits": [edit]}}, "interventions/edits").raise_for_status()
     try:
         for reference in ("mine", digest):
             steer = {**BODY, "intervention": {"edits": [{**edit, "tensor": reference}]}}
-            assert post(live, steer).status_code == 200
-            refused = httpx.post(f"{live.url}/v1/completions", json=steer, headers=bob, timeout=60)
-            assert refused.status_code == 404
+            assert live.post(steer).status_code == 200
+            assert live.post(steer, tenant="bob").status_code == 404
         named = {**BODY, "model": "tiny:hers"}
-        assert post(live, named).status_code == 200
-        assert httpx.post(f"{live.url}/v1/completions", json=named, headers=bob, timeout=60).status_code == 404
-        assert httpx.get(f"{url}/edits", headers=bob, timeout=60).json()["data"] == []
-        assert httpx.delete(f"{url}/edits/hers", headers=bob, timeout=60).status_code == 404
-        assert "tiny:hers" not in httpx.get(f"{live.url}/v1/models", headers=bob, timeout=60).text
+        assert live.post(named).status_code == 200
+        assert live.post(named, tenant="bob").status_code == 404
+        assert live.ask("GET", "interventions/edits", "bob").json()["data"] == []
+        assert live.ask("DELETE", "interventions/edits/hers", "bob").status_code == 404
+        assert "tiny:hers" not in live.ask("GET", "models", "bob").text
     finally:
-        httpx.delete(f"{url}/edits/hers", headers=HEADERS, timeout=60)
-        httpx.delete(f"{url}/tensors/{digest}", headers=HEADERS, timeout=60)
+        live.ask("DELETE", "interventions/edits/hers")
+        live.ask("DELETE", f"interventions/tensors/{digest}")

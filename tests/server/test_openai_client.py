@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,9 +12,8 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import CHAT_TEMPLATE, ENGINE, ENVIRONMENT, KEYS, STOCK, LiveServer
+from live_server import CHAT_TEMPLATE, ENGINE, ENVIRONMENT, KEYS, LAST, STOCK, LiveServer, tensor_of
 
-LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
 SCALED = {"site": "model.layers.0.output", "op": "scale", "scale": -3.0}
 CHAT: Any = {
     "model": "tiny",
@@ -42,25 +40,20 @@ def told(choice: Any) -> dict[str, Any]:
     return found
 
 
-def tensor(told: dict[str, Any]) -> torch.Tensor:
-    data = bytearray(base64.b64decode(told["data"]))
-    return torch.frombuffer(data, dtype=getattr(torch, told["dtype"])).reshape(told["shape"])
-
-
 # -- with an intervention --------------------------------------------------------------------------------------------
 
 
 def test_a_chat_brings_its_values(client: Any) -> None:
     (choice,) = client.chat.completions.create(**CHAT).choices
     assert told(choice)["stopped"] is False and told(choice)["logs"] == []
-    assert tensor(told(choice)["saved"]["h"]).shape == (4, 128)
+    assert tensor_of(told(choice)["saved"]["h"]).shape == (4, 128)
     plain = client.chat.completions.create(**{**CHAT, "extra_body": {}}).choices[0]
     assert "intervention" not in (plain.model_extra or {})
     assert plain.message.content != choice.message.content
 
 
 def test_a_stream_brings_each_value_with_its_token(client: Any) -> None:
-    whole = tensor(told(client.chat.completions.create(**CHAT).choices[0])["saved"]["h"])
+    whole = tensor_of(told(client.chat.completions.create(**CHAT).choices[0])["saved"]["h"])
     asked = {**CHAT, "extra_body": {"intervention": {"edits": [SCALED], "save": [{**LAST, "stream": True}]}}}
     pieces, text = [], ""
     for chunk in client.chat.completions.create(**asked, stream=True, logprobs=True, top_logprobs=1):
@@ -68,7 +61,7 @@ def test_a_stream_brings_each_value_with_its_token(client: Any) -> None:
         text += choice.delta.content or ""
         tokens = len(choice.logprobs.content or ()) if choice.logprobs else 0
         found = told(choice)["saved"] if "intervention" in (choice.model_extra or {}) else {}
-        got = [tensor(found["h"])] if "h" in found else []
+        got = [tensor_of(found["h"])] if "h" in found else []
         assert sum(map(len, got)) == tokens  # as many rows as tokens in this chunk
         pieces += got
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=2e-5, atol=2e-5)
@@ -82,7 +75,7 @@ def test_samples_logprobs_and_usage_are_there_as_ever(client: Any) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice in answer.choices:
         assert choice.logprobs is not None and choice.logprobs.content is not None
-        assert tensor(told(choice)["saved"]["h"]).shape[0] == len(choice.logprobs.content)
+        assert tensor_of(told(choice)["saved"]["h"]).shape[0] == len(choice.logprobs.content)
     assert answer.usage is not None and answer.usage.completion_tokens == sum(
         len(choice.logprobs.content or ()) for choice in answer.choices if choice.logprobs
     )
@@ -95,16 +88,16 @@ def test_a_named_tool_is_called(client: Any) -> None:
     (choice,) = answer.choices
     assert choice.message.tool_calls and choice.message.tool_calls[0].function.name == "look"
     assert answer.usage is not None
-    assert tensor(told(choice)["saved"]["h"]).shape[0] == answer.usage.completion_tokens
+    assert tensor_of(told(choice)["saved"]["h"]).shape[0] == answer.usage.completion_tokens
 
 
 def test_completions_and_responses_bring_values_too(client: Any) -> None:
     extra = {"intervention": {"save": [LAST]}}
     asked = {"model": "tiny", "temperature": 0.0, "extra_body": extra}
     completion = client.completions.create(prompt=["hello", "bye bye"], max_tokens=3, **asked)
-    assert [tensor(told(choice)["saved"]["h"]).shape for choice in completion.choices] == [(3, 128), (3, 128)]
+    assert [tensor_of(told(choice)["saved"]["h"]).shape for choice in completion.choices] == [(3, 128), (3, 128)]
     response = client.responses.create(input="hello", max_output_tokens=3, **asked)
-    assert tensor(told(response)["saved"]["h"]).shape == (3, 128)
+    assert tensor_of(told(response)["saved"]["h"]).shape == (3, 128)
 
 
 def test_what_is_wrong_is_the_clients_own_error_with_the_place(client: Any) -> None:
@@ -124,9 +117,8 @@ def test_a_wrong_key_is_the_clients_own_error(live: LiveServer) -> None:
 
 
 def test_an_edited_model_is_a_model(client: Any, live: LiveServer) -> None:
-    headers = {"Authorization": f"Bearer {KEYS['alice']}"}
-    url, body = f"{live.url}/v1/interventions/edits", {"name": "client", "intervention": {"edits": [SCALED]}}
-    assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
+    body = {"name": "client", "intervention": {"edits": [SCALED]}}
+    assert live.post(body, "interventions/edits").status_code == 200
     try:
         assert "tiny:client" in [model.id for model in client.models.list()]
         plainly: Any = {**CHAT, "model": "tiny:client", "extra_body": {}}
@@ -134,7 +126,7 @@ def test_an_edited_model_is_a_model(client: Any, live: LiveServer) -> None:
         assert edited.model == "tiny:client"
         assert edited.choices[0].message.content == client.chat.completions.create(**CHAT).choices[0].message.content
     finally:
-        httpx.delete(f"{url}/client", headers=headers, timeout=60).raise_for_status()
+        live.ask("DELETE", "interventions/edits/client").raise_for_status()
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**plainly)
 
@@ -149,12 +141,12 @@ def test_many_at_once_from_an_asynchronous_client(live: LiveServer) -> None:
     async def one(client: openai.AsyncOpenAI, scale: float, is_streamed: bool) -> tuple[str, torch.Tensor]:
         if not is_streamed:
             (choice,) = (await client.chat.completions.create(**asked(scale))).choices
-            return choice.message.content or "", tensor(told(choice)["saved"]["h"])
+            return choice.message.content or "", tensor_of(told(choice)["saved"]["h"])
         text, rows = "", []
         async for chunk in await client.chat.completions.create(**asked(scale), stream=True):
             text += chunk.choices[0].delta.content or ""
             extra = (chunk.choices[0].model_extra or {}).get("intervention", {"saved": {}})
-            rows += [tensor(extra["saved"]["h"])] if "h" in extra["saved"] else []
+            rows += [tensor_of(extra["saved"]["h"])] if "h" in extra["saved"] else []
         return text, torch.cat(rows)
 
     async def every() -> list[tuple[str, torch.Tensor]]:
@@ -221,8 +213,7 @@ VARIES = re.compile(r'"(id|item_id|created|created_at|completed_at|system_finger
 
 def answered(server: LiveServer, route: str, body: dict[str, Any]) -> tuple[int, set[str], str]:
     """Status, names of headers, and the body without what differs from request to request."""
-    headers = {"Authorization": f"Bearer {KEYS['alice']}"}
-    answer = httpx.post(f"{server.url}/v1/{route}", json=body, headers=headers, timeout=60)
+    answer = server.post(body, route)
     if "text/event-stream" not in answer.headers["content-type"]:
         return answer.status_code, set(answer.headers), _settled(json.dumps(answer.json(), separators=(",", ":")))
     lines = [_settled(line.replace('": ', '":')) for line in answer.text.splitlines()]
@@ -249,10 +240,8 @@ def test_a_request_without_the_field_is_answered_as_by_stock(live: LiveServer, s
 def test_what_is_no_request_is_answered_as_by_stock(
     live: LiveServer, stock: LiveServer, route: str, body: bytes
 ) -> None:
-    headers = {"Authorization": f"Bearer {KEYS['alice']}", "Content-Type": "application/json"}
-    ours, theirs = (
-        httpx.post(f"{server.url}/v1/{route}", content=body, headers=headers, timeout=60) for server in (live, stock)
-    )
+    headers = {"Content-Type": "application/json"}
+    ours, theirs = (server.ask("POST", route, content=body, headers=headers) for server in (live, stock))
     assert (ours.status_code, _settled(ours.text)) == (theirs.status_code, _settled(theirs.text))
 
 

@@ -16,7 +16,7 @@ import schemathesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import one_of
-from live_server import KEYS, LiveServer
+from live_server import LiveServer, key_of
 from safetensors.torch import save
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,7 +27,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-HEADERS = {"Authorization": f"Bearer {KEYS['alice']}"}
 FIXED: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "hello", "max_tokens": 2},
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
@@ -84,8 +83,8 @@ def _as_it_is(_: Any, value: Any) -> Any:
 def document(live: LiveServer) -> dict[str, Any]:
     """The server's, with our routes, and vLLM's that take our field."""
     data = save({"tensor": torch.ones(128)})
-    url = f"{live.url}/v1/interventions/tensors/{hashlib.sha256(data).hexdigest()}"
-    httpx.put(url, params={"name": "drawn"}, content=data, headers=HEADERS, timeout=60).raise_for_status()
+    upload = f"interventions/tensors/{hashlib.sha256(data).hexdigest()}"
+    live.ask("PUT", upload, params={"name": "drawn"}, content=data).raise_for_status()
     found: dict[str, Any] = httpx.get(f"{live.url}/openapi.json", timeout=60).json()
     paths = {path: methods for path, methods in found["paths"].items() if path.startswith("/v1/interventions")}
     assert len(paths) >= 10
@@ -143,7 +142,7 @@ def _answers(operation: Any, live: LiveServer) -> Counter[int]:
     @DRAWN
     @given(case=one_of(*(operation.as_strategy(generation_mode=mode) for mode in modes)))
     def judge(case: Any) -> None:
-        answer = case.call(base_url=live.url, headers=HEADERS, timeout=60)
+        answer = case.call(base_url=live.url, headers=key_of("alice"), timeout=60)
         found[answer.status_code] += 1
         if answer.status_code == 400 and answer.json() == NO_TEXT:  # vLLM's word for a body that isn't UTF-8
             with pytest.raises(UnicodeDecodeError):
@@ -160,7 +159,5 @@ def _can_be_wrong(operation: Any) -> bool:
 
 
 def test_the_server_is_whole_after_them(live: LiveServer) -> None:
-    found = httpx.get(f"{live.url}/v1/interventions/integrity", headers=HEADERS, timeout=60)
-    assert found.json() == {"leftovers": []}
-    plain = httpx.post(f"{live.url}/v1/completions", json=FIXED["/v1/completions"], headers=HEADERS, timeout=60)
-    assert plain.status_code == 200
+    assert live.leftovers() == []
+    assert live.post(FIXED["/v1/completions"]).status_code == 200

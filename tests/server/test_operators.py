@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import KEYS, LiveServer, serve_tiny
+from live_server import BODY, KEYS, LAST, SCALED, LiveServer, key_of, serve_tiny, wait_until
 
-LAST = {"name": "h", "site": "model.layers.1.output[0]", "positions": "last"}
-SCALED = {"site": "model.layers.0.output[0]", "op": "scale", "scale": -3.0}
-BODY: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0.0}
 READS = {**BODY, "intervention": {"save": [LAST]}}
 STRICT = ("--max-concurrent-requests", "1", "--max-body-bytes", "100000")
 LONG = {**READS, "max_tokens": 200, "ignore_eos": True}
@@ -33,19 +29,6 @@ def strict(tiny_checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempP
         yield server
 
 
-def post(server: LiveServer, body: dict[str, Any], tenant: str = "alice", **headers: str) -> httpx.Response:
-    headers = {"Authorization": f"Bearer {KEYS[tenant]}", **headers}
-    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
-
-
-def number(server: LiveServer, name: str) -> float:
-    """A metric's value, summed over its labels."""
-    text = httpx.get(f"{server.url}/metrics", timeout=60).text
-    found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M)
-    assert found, f"no {name} in:\n" + "\n".join(line for line in text.splitlines() if "nnsight" in line)
-    return sum(map(float, found))
-
-
 def test_metrics_tell_what_ran(strict: LiveServer) -> None:
     names = [
         "nnsight_requests_with_graphs_total",
@@ -55,48 +38,40 @@ def test_metrics_tell_what_ran(strict: LiveServer) -> None:
         "nnsight_saved_bytes_total",
         "nnsight_program_seconds_sum",
     ]
-    assert post(strict, {**READS, "intervention": {"edits": [SCALED], "save": [LAST]}}).status_code == 200
-    before = {name: number(strict, name) for name in names}
-    steps = number(strict, "nnsight_program_seconds_count")
-    assert post(strict, {**READS, "intervention": {"edits": [SCALED], "save": [LAST]}}).status_code == 200
-    after = {name: number(strict, name) for name in names}
+    assert strict.post({**READS, "intervention": {"edits": [SCALED], "save": [LAST]}}).status_code == 200
+    before = {name: strict.metric(name) for name in names}
+    steps = strict.metric("nnsight_program_seconds_count")
+    assert strict.post({**READS, "intervention": {"edits": [SCALED], "save": [LAST]}}).status_code == 200
+    after = {name: strict.metric(name) for name in names}
     assert all(after[name] > before[name] for name in names), (before, after)
     assert after["nnsight_saved_bytes_total"] - before["nnsight_saved_bytes_total"] >= 4 * 128 * 4
-    assert number(strict, "nnsight_program_seconds_count") == steps + 4  # one for each forward
-    assert number(strict, "nnsight_program_seconds_bucket") >= steps + 4
-    assert number(strict, "nnsight_program_hits_total") >= 1
-    assert number(strict, "nnsight_table_lines") >= 0
-    assert number(strict, "nnsight_table_bytes") > 0
-    refused = number(strict, "nnsight_rejected_total") if "nnsight_rejected_total{" in _metrics(strict) else 0
-    assert post(strict, {**BODY, "intervention": {"edits": [{**SCALED, "site": "nowhere"}]}}).status_code == 400
-    assert number(strict, "nnsight_rejected_total") == refused + 1
-
-
-def _metrics(server: LiveServer) -> str:
-    return httpx.get(f"{server.url}/metrics", timeout=60).text
+    assert strict.metric("nnsight_program_seconds_count") == steps + 4  # one for each forward
+    assert strict.metric("nnsight_program_seconds_bucket") >= steps + 4
+    assert strict.metric("nnsight_program_hits_total") >= 1
+    assert strict.metric("nnsight_table_lines") >= 0
+    assert strict.metric("nnsight_table_bytes") > 0
+    refused = strict.metric("nnsight_rejected_total", default=0)
+    assert strict.post({**BODY, "intervention": {"edits": [{**SCALED, "site": "nowhere"}]}}).status_code == 400
+    assert strict.metric("nnsight_rejected_total") == refused + 1
 
 
 def test_metrics_are_there_while_the_engine_is_busy(strict: LiveServer) -> None:
     with ThreadPoolExecutor(9) as pool:
-        running = pool.submit(post, strict, LONG)
-        looks = [pool.submit(_metrics, strict) for _ in range(8)]
+        running = pool.submit(strict.post, LONG)
+        looks = [pool.submit(strict.metrics) for _ in range(8)]
         assert all("nnsight_program_seconds_count" in look.result() for look in looks)
         assert running.result().status_code == 200
 
 
 def test_a_failure_is_counted_as_one_also_in_a_stream(strict: LiveServer) -> None:
     graph = _too_much(strict)
-    before = _failed(strict)
-    answer = post(strict, {**BODY, "intervention": {"graph": graph}})
+    before = strict.metric("nnsight_failed_total", default=0)
+    answer = strict.post({**BODY, "intervention": {"graph": graph}})
     assert answer.status_code == 400 and "the graph failed" in answer.json()["error"]["message"]
-    streamed = post(strict, {**BODY, "stream": True, "intervention": {"graph": graph}})
+    streamed = strict.post({**BODY, "stream": True, "intervention": {"graph": graph}})
     assert "the graph failed" in streamed.text
-    assert _failed(strict) == before + 2
-    assert post(strict, READS).status_code == 200
-
-
-def _failed(server: LiveServer) -> float:
-    return number(server, "nnsight_failed_total") if "nnsight_failed_total{" in _metrics(server) else 0
+    assert strict.metric("nnsight_failed_total", default=0) == before + 2
+    assert strict.post(READS).status_code == 200
 
 
 def _too_much(server: LiveServer) -> dict[str, Any]:
@@ -114,12 +89,10 @@ def _too_much(server: LiveServer) -> dict[str, Any]:
 
 
 def test_the_journal_has_a_line_for_each_request(strict: LiveServer) -> None:
-    post(strict, READS, **{"X-Request-Id": "mine-1"})
-    post(strict, {**BODY, "intervention": {"edits": [{**SCALED, "site": "nowhere"}]}}, **{"X-Request-Id": "its"})
-    post(strict, BODY, **{"X-Request-Id": "plain-1"})
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and not ("mine-1" in strict.log and "id=its " in strict.log):
-        time.sleep(0.1)
+    strict.post(READS, **{"X-Request-Id": "mine-1"})
+    strict.post({**BODY, "intervention": {"edits": [{**SCALED, "site": "nowhere"}]}}, **{"X-Request-Id": "its"})
+    strict.post(BODY, **{"X-Request-Id": "plain-1"})
+    wait_until(lambda: "mine-1" in strict.log and "id=its " in strict.log)
     lines = [line for line in strict.log.splitlines() if "intervention id=" in line]
     answered = next(line for line in lines if "mine-1" in line)
     assert "route=/v1/completions" in answered and "tenant=alice" in answered and "outcome=answered" in answered
@@ -136,8 +109,7 @@ def test_a_tenant_at_its_limit_is_told_to_wait_and_another_is_served(strict: Liv
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as pool:  # one client: to make one takes a while
 
         def ask(body: dict[str, Any], tenant: str = "alice") -> httpx.Response:
-            headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
-            return client.post(f"{strict.url}/v1/completions", json=body, headers=headers)
+            return client.post(f"{strict.url}/v1/completions", json=body, headers=key_of(tenant))
 
         ask(BODY)
         hers = [pool.submit(ask, {**LONG, "n": 8, "temperature": 1.0}) for _ in range(6)]
@@ -150,7 +122,7 @@ def test_a_tenant_at_its_limit_is_told_to_wait_and_another_is_served(strict: Liv
         assert answer.status_code == 429
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.json()["error"]["type"] == "RateLimitError"
-    assert post(strict, READS).status_code == 200
+    assert strict.post(READS).status_code == 200
 
 
 def test_a_body_that_is_too_long_is_given_up(strict: LiveServer) -> None:
@@ -160,34 +132,27 @@ def test_a_body_that_is_too_long_is_given_up(strict: LiveServer) -> None:
         for _ in range(20):
             yield b" " * 10_000
 
-    headers = {"Authorization": f"Bearer {KEYS['alice']}", "Content-Type": "application/json"}
-    url = f"{strict.url}/v1/completions"
-    for sent in (httpx.post(url, json=long, headers=headers), httpx.post(url, content=in_parts(), headers=headers)):
+    json_type = {"Content-Type": "application/json"}
+    for sent in (strict.post(long), strict.ask("POST", "completions", content=in_parts(), headers=json_type)):
         assert sent.status_code == 413
         assert "100000" in sent.json()["error"]["message"]
-    assert post(strict, READS).status_code == 200
+    assert strict.post(READS).status_code == 200
 
 
 def test_the_integrity_check_is_a_route(strict: LiveServer) -> None:
-    headers = {"Authorization": f"Bearer {KEYS['alice']}"}
     assert httpx.get(f"{strict.url}/v1/interventions/integrity", timeout=60).status_code == 401
-    found = httpx.get(f"{strict.url}/v1/interventions/integrity", headers=headers, timeout=60)
-    assert found.json() == {"leftovers": []}
+    assert strict.ask("GET", "interventions/integrity").json() == {"leftovers": []}
 
 
 @pytest.mark.timeout(300)
 def test_sigterm_lets_what_runs_end(tiny_checkpoint: Callable[[str], str], tmp_path: Path) -> None:
     with serve_tiny(tiny_checkpoint("llama"), tmp_path) as server:
-        post(server, READS)
-        body = {**LONG, "stream": True}
-        headers = {"Authorization": f"Bearer {KEYS['alice']}"}
+        server.post(READS)
         lines: list[str] = []
         begun = threading.Event()
 
         def listen() -> None:
-            with httpx.stream(
-                "POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60
-            ) as response:
+            with server.stream(LONG) as response:
                 for line in response.iter_lines():
                     lines.append(line)
                     begun.set()
@@ -203,10 +168,7 @@ def test_sigterm_lets_what_runs_end(tiny_checkpoint: Callable[[str], str], tmp_p
         assert last["choices"][0]["finish_reason"] == "length"
         assert "h" in last["choices"][0]["intervention"]["saved"]
         assert server.wait(60) == 0
-        deadline = time.monotonic() + 20
-        while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
+        assert wait_until(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")], 20)
 
 
 def _descendants(pid: int) -> set[int]:

@@ -25,7 +25,7 @@ from nnsight_vllm.wire.trace import Asked, SentRequest, SentTrace
 VECTOR = safetensors.torch.save({"tensor": torch.ones(4)})
 
 
-def received(**limits: Any) -> TraceReader:
+def reader(**limits: Any) -> TraceReader:
     engine: Any = ToyEngine()
     bounds: Any = ToyLimits(**limits)
     return TraceReader(engine, bounds, "alice", lambda name: None)
@@ -41,7 +41,7 @@ def request(*nodes: Node, links: Links | None = None, **more: Any) -> SentReques
 
 def refused(data: bytes, **limits: Any) -> Refused:
     with pytest.raises(Refused) as error:
-        received(**limits).trace(data)
+        reader(**limits).trace(data)
     assert 400 <= int(error.value.status) < 500
     return error.value
 
@@ -49,7 +49,7 @@ def refused(data: bytes, **limits: Any) -> Refused:
 def test_a_legal_trace_becomes_requests() -> None:
     name = digest(VECTOR)
     sent = request(Const(0, name), Save(1, "s", Ref(0)), edits=[graph(Read(0, "0.mlp"))], cache_salt="mine")
-    (one,), tensors = received().trace(body(sent, tensors={name: VECTOR}))
+    (one,), tensors = reader().trace(body(sent, tensors={name: VECTOR}))
     assert (one.prompt.rows, one.constants, one.tenant) == (2, frozenset({name}), "secret:alice")
     assert one.prompt.engine == {"prompt_token_ids": [1, 2], "cache_salt": "mine"}
     assert len(one.graphs) == 2 and tensors == {name: VECTOR}
@@ -145,7 +145,7 @@ def taker(key: str = "k", iteration: int = 1, **links: Any) -> SentRequest:
 
 
 def test_honest_links_pass() -> None:
-    requests, _ = received().trace(body(maker(), taker()))
+    requests, _ = reader().trace(body(maker(), taker()))
     assert [one.links is not None for one in requests] == [True, True]
 
 
@@ -161,7 +161,7 @@ def test_two_that_need_each_other_pass_where_nobody_waits_for_himself() -> None:
         Import(2, "b", 2),
         links=Links(makes={"a": 1}, needs=[Need("b", 2, 2)]),
     )
-    requests, _ = received().trace(body(first, both("b", "a", 1, 1)))
+    requests, _ = reader().trace(body(first, both("b", "a", 1, 1)))
     assert len(requests) == 2
 
 
@@ -222,13 +222,13 @@ def test_many_needs_are_looked_at_in_a_moment() -> None:
 
     data = body(sent("a", "b"), sent("b", "a"))
     start = time.process_time()
-    requests, _ = received(graph_nodes=10_000, trace_nodes=20_000).trace(data)
+    requests, _ = reader(graph_nodes=10_000, trace_nodes=20_000).trace(data)
     assert len(requests) == 2 and time.process_time() - start < 5
 
 
 def test_a_long_chain_of_requests_is_walked_without_recursion() -> None:
     chain = [maker("k0"), *(both(f"k{i + 1}", f"k{i}", i + 1, i + 1) for i in range(60))]
-    assert len(received().trace(body(*chain))[0]) == 61
+    assert len(reader().trace(body(*chain))[0]) == 61
 
 
 # -- noise ---------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _damaged(data: bytes, seed: int) -> bytes:
 @given(seed=st.integers(0, 2**32))
 def test_damaged_traces_are_refused_or_legal(seed: int) -> None:
     try:
-        assert received().trace(_damaged(_trace_body(), seed))
+        assert reader().trace(_damaged(_trace_body(), seed))
     except Refused as error:
         assert 400 <= int(error.status) < 500
 
@@ -261,8 +261,8 @@ def test_damaged_traces_are_refused_or_legal(seed: int) -> None:
 @given(seed=st.integers(0, 2**32))
 def test_damaged_questions_are_refused_or_answered(seed: int) -> None:
     data = msgspec.json.encode(Asked(["some text"], [{"max_tokens": 3, "n": 2}]))
-    assert received().prepared(data).samplings[0].n == 2
+    assert reader().prepared(data).samplings[0].n == 2
     try:
-        assert received().prepared(_damaged(data, seed))
+        assert reader().prepared(_damaged(data, seed))
     except Refused as error:
         assert 400 <= int(error.status) < 500
