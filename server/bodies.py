@@ -19,8 +19,8 @@ from nnsight_vllm.server.state import state_of
 
 async def read_body(raw_request: Request, most: int) -> bytes:
     """The whole body. Raises `Refused` as soon as it has more than `most` bytes."""
-    told = raw_request.headers.get("content-length", "")
-    _require_fits(int(told) if told.isascii() and told.isdigit() else 0, most)
+    length = raw_request.headers.get("content-length", "")
+    _require_fits(int(length) if length.isascii() and length.isdigit() else 0, most)
     data = bytearray()
     async for part in raw_request.stream():
         data += part

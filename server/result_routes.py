@@ -37,9 +37,9 @@ async def get_result(id: str, raw_request: Request) -> Response:
         chosen = _chosen(raw_request.headers["range"], len(data))
         if chosen is None:
             return Response(data, media_type=_MEDIA_TYPE, headers=headers)
-        told = {"Content-Range": f"bytes {chosen.start}-{chosen.stop - 1}/{len(data)}"}
+        range_of = {"Content-Range": f"bytes {chosen.start}-{chosen.stop - 1}/{len(data)}"}
         part = data[chosen.start : chosen.stop]
-        return Response(part, HTTPStatus.PARTIAL_CONTENT, {**headers, **told}, _MEDIA_TYPE)
+        return Response(part, HTTPStatus.PARTIAL_CONTENT, {**headers, **range_of}, _MEDIA_TYPE)
     if _takes_zstd(raw_request.headers.get("accept-encoding", "")):
         data = await asyncio.to_thread(zstandard.ZstdCompressor(level=1).compress, data)
         headers["Content-Encoding"] = "zstd"

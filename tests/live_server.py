@@ -137,16 +137,16 @@ class LiveServer:
         process.wait()
 
     def _wait(self) -> None:
+        if not wait_until(self._answers, self._seconds):
+            raise TimeoutError(f"the server didn't answer within {self._seconds:.0f} s:\n{self.log[-6000:]}")
+
+    def _answers(self) -> bool:
         assert self._process is not None
-        deadline = time.monotonic() + self._seconds
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server ended at its start:\n{self.log[-6000:]}")
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.2)
-        raise TimeoutError(f"the server didn't answer within {self._seconds:.0f} s:\n{self.log[-6000:]}")
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the server ended at its start:\n{self.log[-6000:]}")
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        return False
 
 
 def key_of(tenant: str) -> dict[str, str]:

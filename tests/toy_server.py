@@ -110,10 +110,7 @@ class ToyEngine:
             if self.error is not None:
                 raise self.error
             outcomes = _outcomes(requests, tensors)
-            for i, outcome in enumerate(outcomes if receive is not None else ()):
-                assert receive is not None
-                for notice in _notices(i, outcome):
-                    receive(notice)
+            _report(outcomes, receive)
             run.outcomes.set_result(outcomes)
         except Exception as error:
             run.outcomes.set_exception(error)
@@ -142,6 +139,12 @@ def _outcome(toy: Toy, name: str, request: Sent, links: Links | None) -> Outcome
     completion = Completion(" ".join(map(str, tokens)), tokens, "length", logprobs=logprobs)
     ids = request.prompt.engine["prompt_token_ids"]
     return Outcome(Result([completion], request.prompt.text, ids, num_cached_tokens=0), [sample])
+
+
+def _report(outcomes: list[Outcome], receive: Receive | None) -> None:
+    if receive is not None:
+        for notice in (notice for i, outcome in enumerate(outcomes) for notice in _notices(i, outcome)):
+            receive(notice)
 
 
 def _notices(request: int, outcome: Outcome) -> Iterator[Notice]:
