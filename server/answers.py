@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nnsight_vllm.frontend.collector import Fresh
+from nnsight_vllm.frontend.collected import Fresh
 from nnsight_vllm.server.full import SaveForm
 
 Keep = Callable[[bytes], str]

@@ -22,8 +22,9 @@ from torch import Tensor
 from nnsight_vllm import VLLM
 from nnsight_vllm.errors import IntegrityError
 from nnsight_vllm.frontend.bundling import Tied
-from nnsight_vllm.frontend.collector import Collected
-from nnsight_vllm.frontend.engine import reason_of
+from nnsight_vllm.frontend.collected import Collected
+from nnsight_vllm.frontend.engine import Engine
+from nnsight_vllm.frontend.listener import Listener, reason_of
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.scheduler.extras import has_graph
 
@@ -88,7 +89,9 @@ class ChurnEngine:
                 _schedule_asynchronously(patch)
             arguments = {"dtype": "float32", "max_num_batched_tokens": WHOLE, **settings.arguments}
             self.model = VLLM(checkpoint, dispatch=True, **arguments)
-        self.front = self.model._engine
+        front = self.model._engine
+        assert isinstance(front, Engine)
+        self.front = front
         self.engine = self.front.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
@@ -97,6 +100,7 @@ class ChurnEngine:
         tree = self.front.tree  # where the front end finds how long a prompt may be
         tree.catalogue = msgspec.structs.replace(tree.catalogue, max_num_batched_tokens=settings.step)
         self._played = Played([])
+        self._listeners: dict[int, Listener] = {}
         self._lengths: list[int] = []  # of the prompts of requests that are driven here
         self._watch()
 
@@ -173,32 +177,41 @@ class ChurnEngine:
                 rounds = [{number: 0} for number in evicted] + rounds
 
     def _round(self, due: dict[int, int], aborts: dict[int, int], prepared: list[Prepared]) -> None:
+        self._listeners = {number: Listener(_raise) for number in due}
+        try:
+            self._run_to_the_end(due, aborts, prepared)
+        finally:
+            self.front.collector.forget(*self._listeners.values())
+        for number, listener in self._listeners.items():
+            for sample, got in enumerate(self._played.got[number]):
+                _settle(got, listener.of(sample))
+
+    def _run_to_the_end(self, due: dict[int, int], aborts: dict[int, int], prepared: list[Prepared]) -> None:
         """Send everybody at their step and go on until all are done."""
-        with self.front.collector.collecting():
-            waiting = dict(due)
-            for step in range(MAX_STEPS):
-                if not self.engine.has_unfinished_requests() and waiting:
-                    first = min(waiting.values())
-                    waiting = {number: at - max(first - step, 0) for number, at in waiting.items()}
-                for number in [number for number, at in waiting.items() if at <= step]:
-                    del waiting[number]
-                    self._played.has_waited[number] |= self.engine.has_unfinished_requests()
-                    self._send(number, prepared[number])
-                for number in [number for number, at in aborts.items() if at == step]:
-                    self._abort(number)
-                if not self.engine.has_unfinished_requests():
-                    if not waiting:
-                        break
-                    continue
-                for output in self.engine.step():
-                    self._take(output)
-            else:
-                raise AssertionError(f"requests still unfinished after {MAX_STEPS} steps")
-        for number in due:
-            self._settle(number)
+        waiting = dict(due)
+        for step in range(MAX_STEPS):
+            if not self.engine.has_unfinished_requests() and waiting:
+                first = min(waiting.values())
+                waiting = {number: at - max(first - step, 0) for number, at in waiting.items()}
+            for number in [number for number, at in waiting.items() if at <= step]:
+                del waiting[number]
+                self._played.has_waited[number] |= self.engine.has_unfinished_requests()
+                self._send(number, prepared[number])
+            for number in [number for number, at in aborts.items() if at == step]:
+                self._abort(number)
+            if not self.engine.has_unfinished_requests():
+                if not waiting:
+                    break
+                continue
+            for output in self.engine.step():
+                self._take(output)
+        else:
+            raise AssertionError(f"requests still unfinished after {MAX_STEPS} steps")
 
     def _send(self, number: int, prepared: Prepared) -> None:
-        self.engine.add_request(str(number), *self.front.sendable(prepared.request, dict(prepared.tensors), Tied()))
+        sent = self.front.sendable(prepared.request, dict(prepared.tensors), Tied())
+        with self.front.collector.sending(self._listeners[number]):
+            self.engine.add_request(str(number), *sent)
 
     def _abort(self, number: int) -> None:
         is_unfinished = any(got.reason is None for got in self._played.got[number])
@@ -212,11 +225,6 @@ class ChurnEngine:
             got.tokens, got.text = list(completion.token_ids), completion.text
             got.reason, got.stop_reason = completion.finish_reason, completion.stop_reason
             got.num_cached = output.num_cached_tokens or 0
-
-    def _settle(self, number: int) -> None:
-        samples = self._played.got[number]
-        for got, collected in zip(samples, self.front.collector.take(str(number), len(samples)), strict=True):
-            _settle(got, collected)
 
     def _is_evicted(self, number: int) -> bool:
         is_evicted = any(got.is_evicted for got in self._played.got[number])
@@ -287,9 +295,14 @@ class ChurnEngine:
 
 
 def _settle(got: Got, collected: Collected) -> None:
+    collected.read_sheets()
     sample = collected.sample
     got.values, got.logs, got.failure = sample.values, sample.logs, sample.failure
     got.is_stopped, got.reason = collected.is_stopped, reason_of(got.reason, collected)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _schedule_asynchronously(patch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ IMPORT_VLLM = {
 # Only shorter from here on.
 KNOWN_VIOLATIONS: set[str] = set()
 KNOWN_CIRCLES: set[str] = {
-    "frontend.async_engine frontend.run",
     "worker.batch.request_programs worker.batch.requests",
 }
 

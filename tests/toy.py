@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsight_vllm.frontend.collector import Collected
+from nnsight_vllm.frontend.collected import Collected
 from nnsight_vllm.graph.catalogue import Catalogue, ModuleInfo, SiteInfo
 from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.codec import decode_deltas, encode

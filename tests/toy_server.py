@@ -20,7 +20,7 @@ from toy import HIDDEN, VOCAB, Toy, graph, toy_catalogue
 from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.errors import AdmissionError, UnknownEditError
 from nnsight_vllm.frontend.bundling import Bundling
-from nnsight_vllm.frontend.collector import Collected
+from nnsight_vllm.frontend.collected import Collected
 from nnsight_vllm.graph.codec import digest
 from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.results import Stats

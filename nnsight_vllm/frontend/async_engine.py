@@ -18,8 +18,6 @@ import msgspec
 from nnsight_vllm.client.loop import LoopThread, RunningLoop
 from nnsight_vllm.errors import IntegrityError, InterventionError
 from nnsight_vllm.frontend.engine import Engine
-from nnsight_vllm.frontend.listening import ListenedCollector
-from nnsight_vllm.frontend.retry import Turnover
 from nnsight_vllm.frontend.run import PREFIX, TraceRun
 from nnsight_vllm.trace.backend import Outcome, Request
 from nnsight_vllm.trace.events import Receive
@@ -29,24 +27,23 @@ class AsyncEngine(Engine):
     """A running vLLM engine that takes graphs from many callers at once."""
 
     loop: RunningLoop
-    listened: ListenedCollector
     _is_closed = False
 
     def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> TraceRun:
         """Send the requests off."""
         if self._is_closed:
             raise InterventionError("the engine was closed before the trace ran")
-        flight = TraceRun(self, requests, tensors, receive)
-        self.loop.post(self._begin, flight)
-        return flight
+        run = TraceRun(self, requests, tensors, receive)
+        self.loop.post(run.begin)
+        return run
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
         """Run all requests together and wait for them."""
-        flight = self.start(requests, tensors)
+        run = self.start(requests, tensors)
         try:
-            return flight.outcomes.result()
+            return run.outcomes.result()
         except BaseException:
-            flight.abort()
+            run.abort()
             raise
 
     def check_integrity(self) -> None:
@@ -64,7 +61,12 @@ class AsyncEngine(Engine):
         assert isinstance(self.loop, LoopThread)
         self.loop.stop()
 
-    # -- for flights: on the loop, but for `acquire` and `release` -------------------------------------------------------
+    @property
+    def event_loop(self) -> asyncio.AbstractEventLoop:
+        """What vLLM lives on."""
+        return self.loop.loop
+
+    # -- for runs: on the loop, but for `acquire` and `release` -------------------------------------------------------
 
     async def send(self, id: str, prompt: Any, params: Any, wants_steps: bool) -> Any:
         """Give vLLM a request. Returns the queue of its outputs, each with all of the request so far, or only the last."""
@@ -78,10 +80,6 @@ class AsyncEngine(Engine):
         if ids := list(ids):
             self._wind_up(self.llm.abort(ids, internal=True))
 
-    def landed(self, flight: TraceRun) -> None:
-        """A flight is over."""
-        self._flights.discard(flight)
-
     def acquire(self, digests: set[str], tensors: dict[str, bytes]) -> None:
         """Make sure that the worker holds these tensors. It waits for the loop, so it's for other threads."""
         with self._storing:
@@ -94,29 +92,20 @@ class AsyncEngine(Engine):
 
     # -- private ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, flight: TraceRun) -> None:
-        self._flights.add(flight)
-        flight.begin()
-
     def _wind_up(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._winding_up.add(task)
         task.add_done_callback(self._winding_up.discard)
 
     async def _leftovers(self) -> list[str]:
-        ending = [flight.task for flight in self._flights if flight.is_aborted and flight.task is not None]
+        ending = [run.task for run in self.runs if run.is_aborted and run.task is not None]
         if waited_for := [*ending, *self._winding_up]:
             await asyncio.wait(waited_for)
         processor = self._core.output_processor
         found = []
         if self._is_idle:
             found += [f"front end: request {id} was never finished" for id in self._states() if id.startswith(PREFIX)]
-            if self.collector.pending:
-                found.append(f"front end: results of {self.collector.pending} requests are still waited for")
-            if self.tensors.in_use:
-                found.append(f"front end: {self.tensors.in_use} tensors are still in use")
-            if self.turnover.num_running:
-                found.append(f"front end: {self.turnover.num_running} requests count as running")
+            found += self._still_counted()
         if not self._states() and (processor.parent_requests or processor.external_req_ids):
             found.append(f"front end: ids of requests that ended: {list(processor.external_req_ids)}")
         # Nothing may come between looking and sending: a request that is added later is sent later.
@@ -124,10 +113,10 @@ class AsyncEngine(Engine):
         return found + msgspec.msgpack.decode(packed, type=list[str])
 
     async def _shut_down(self) -> None:
-        flights = list(self._flights)
-        for flight in flights:
-            flight.give_up(InterventionError("the engine was closed while the trace ran"))
-        if tasks := [flight.task for flight in flights if flight.task is not None]:
+        runs = list(self.runs)
+        for run in runs:
+            run.give_up(InterventionError("the engine was closed while the trace ran"))
+        if tasks := [run.task for run in runs if run.task is not None]:
             await asyncio.wait(tasks)
         self.llm.shutdown()
 
@@ -147,13 +136,12 @@ class AsyncEngine(Engine):
     @property
     def _is_idle(self) -> bool:
         """Whether nothing of ours runs."""
-        return not self._flights
+        return not self.runs
 
     def _prepare(self, loop: RunningLoop) -> None:
         """Be ready for what happens on this loop."""
         self.loop = loop
-        self.turnover = Turnover()
-        self._flights: set[TraceRun] = set()
+        self.runs: set[TraceRun] = set()
         self._winding_up: set[asyncio.Task[None]] = set()  # work that outlives who began it
         self._storing = threading.Lock()
 
@@ -172,10 +160,6 @@ class AsyncEngine(Engine):
             raise
         atexit.register(_close, weakref.ref(self))  # else vLLM reports the end of its processes as a failure
         return llm
-
-    def _collect(self, processor: Any) -> ListenedCollector:
-        self.listened = ListenedCollector(processor)
-        return self.listened
 
     def _call(self, method: str, args: tuple[object, ...] = ()) -> Any:
         return self.loop.call(self.llm.collective_rpc(method, args=args))[0]

@@ -31,7 +31,8 @@ class Bundling:
         self._makers = {
             i: [makers[need.key] for need in links.needs if need.key in makers] for i, links in _linked(requests)
         }
-        self._sets = self._tied()
+        self._sets = self._joined()
+        self._seeds = {i: secrets.randbits(31) for i, links in _linked(requests) if links.makes}
 
     def with_makers(self, some: Iterable[int]) -> list[int]:
         """These requests and all that make values for them, directly or over others."""
@@ -50,6 +51,12 @@ class Bundling:
             self._put(i, found, set())
         return [i for i in found if i in some]
 
+    def tied(self, some: Iterable[int]) -> dict[int, Tied]:
+        """These requests for one run of theirs, in order. What makers draw stays the same if they run again."""
+        order = self.in_order(some)
+        links = self.links(order)
+        return {i: Tied(links.get(i), self._seeds.get(i)) for i in order}
+
     def links(self, some: Iterable[int]) -> dict[int, Links]:
         """The links of these requests for one run of theirs; those that are tied to each other are a bundle."""
         here = {i: links for i in some if (links := self._requests[i].links) is not None}
@@ -67,18 +74,13 @@ class Bundling:
         makes = {key: uses[key] for key in links.makes}
         return msgspec.structs.replace(links, bundle=names[tied], size=sizes[tied], makes=makes)
 
-    def seeds(self) -> dict[int, int]:
-        """For those who make values: what they draw stays the same if they run again."""
-        return {i: secrets.randbits(31) for i, links in _linked(self._requests) if links.makes}
-
-    def _tied(self) -> dict[int, set[int]]:
+    def _joined(self) -> dict[int, set[int]]:
         sets = {i: {i} for i in self._makers}
-        for i, makers in self._makers.items():
-            for maker in makers:
-                if sets[i] is not sets[maker]:
-                    small, large = sorted((sets[i], sets[maker]), key=len)
-                    large |= small
-                    sets.update(dict.fromkeys(small, large))
+        for i, maker in [(i, maker) for i, makers in self._makers.items() for maker in makers]:
+            if sets[i] is not sets[maker]:
+                small, large = sorted((sets[i], sets[maker]), key=len)
+                large |= small
+                sets.update(dict.fromkeys(small, large))
         return sets
 
     def _put(self, i: int, found: dict[int, None], above: set[int]) -> None:

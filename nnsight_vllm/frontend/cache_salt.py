@@ -25,7 +25,7 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Shared:
+class CachePolicy:
     """What a request with some graphs may share, as `Caching` has it, and whether its prompt may be cut.
 
     `graph`: the bytes of all graphs that its rows depend on.
@@ -38,18 +38,18 @@ class Shared:
     cut: Unchunked | None
 
 
-def sharing_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, bytes], int], Shared]:
+def policy_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, bytes], int], CachePolicy]:
     """A function: what a request may share, given its graphs, their constants as for `known_by`, and the prompt's length."""
     known = known_by(catalogue)
 
-    def sharing(graphs: Sequence[bytes], tensors: Mapping[str, bytes], num_rows: int) -> Shared:
+    def policy(graphs: Sequence[bytes], tensors: Mapping[str, bytes], num_rows: int) -> CachePolicy:
         each = [known(graph, tensors, num_rows) for graph in graphs]
         found = composed([one.caching for one in each])
         whole = next((one.cut for one in each if isinstance(one.cut, Unchunked)), None)
         graph = _joined([graphs[number] for number in found.covers])
-        return Shared(found.salt, found.most, found.first, graph, whole)
+        return CachePolicy(found.salt, found.most, found.first, graph, whole)
 
-    return sharing
+    return policy
 
 
 @dataclass(frozen=True)

@@ -1,166 +1,77 @@
-"""Takes what workers send home off the engine's outputs, and ends requests that stopped or failed.
+"""Takes what workers send home off the engine's outputs, gives it to who listens, and ends requests that stopped or failed.
 
 The deltas ride as byte tensors in `pooling_output`, a field that generating requests never use; they are taken off
-before vLLM's output processor looks at them.
+before vLLM's output processor looks at them. Who listens is known by an id that is made here, before the engine sees the
+request: several may go by the name that a client chose.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
+import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
-import torch
-from msgspec import Raw
+from nnsight_vllm.frontend.listener import Listener, StepListener
+from nnsight_vllm.graph.codec import decode_deltas
+from nnsight_vllm.graph.results import Delta
 
-from nnsight_vllm.errors import InterventionError
-from nnsight_vllm.graph.codec import decode_deltas, decode_saved
-from nnsight_vllm.graph.results import (
-    Delta,
-    Saved,
-    Sheet,
-    TensorValue,
-    TupleValue,
-    Value,
-)
-from nnsight_vllm.trace.backend import Sample
-from nnsight_vllm.wire.values import decode_value, named
-
-READ_AT_ONCE = 16
-"""Sheets of one sample. Together they cost less than one by one; not all at the end, since now the engine is busy and we are not."""
-
-
-@dataclass
-class Fresh:
-    """What came since it was last taken: values, a list's new items, and the lists whose earlier items are void."""
-
-    values: dict[str, object] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
-    logs: list[str] = field(default_factory=list)
-
-    def set(self, name: str, value: object, was_known: bool) -> None:
-        self.values[name] = list(value) if isinstance(value, list) else value
-        if was_known and isinstance(value, list):
-            self.replaced.add(name)
-
-    def grow(self, name: str, items: list[object]) -> None:
-        known = self.values.setdefault(name, [])
-        assert isinstance(known, list)
-        known.extend(items)
-
-
-@dataclass
-class Collected:
-    """What one sample has sent so far; `fresh` is kept for those who want it bit by bit."""
-
-    sample: Sample = field(default_factory=Sample)
-    is_stopped: bool = False
-    fresh: Fresh | None = None
-    _sheets: list[Sheet] = field(default_factory=list)  # not read yet
-
-    def add(self, delta: Delta) -> None:
-        if delta.saves:
-            self.read_sheets()
-        for saved in delta.saves:
-            self._save(saved)
-        if delta.sheet is not None:
-            self._sheets.append(delta.sheet)
-            if len(self._sheets) >= READ_AT_ONCE:
-                self.read_sheets()
-        self.sample.logs += delta.logs
-        if self.fresh is not None:
-            self.fresh.logs += delta.logs
-        self.sample.failure = self.sample.failure or delta.failure
-        self.is_stopped = self.is_stopped or delta.stopped
-
-    def read_sheets(self) -> None:
-        """Turn the sheets that came into values. Many steps' sheets are alike, and are read together."""
-        sheets, self._sheets = self._sheets, []
-        for header, alike in itertools.groupby(sheets, key=lambda sheet: bytes(sheet.saved)):
-            for name, append, values in _columns(_decoded(header), [sheet.data for sheet in alike]):
-                if append:
-                    self._grow(name, values)
-                else:
-                    self._set(name, values[-1])
-
-    def take_fresh(self) -> Fresh:
-        """What is new, complete to the last step."""
-        assert self.fresh is not None
-        self.read_sheets()
-        fresh, self.fresh = self.fresh, Fresh()
-        return fresh
-
-    def _save(self, saved: Saved) -> None:
-        value = decode_value(saved.value)
-        if not saved.append:
-            self._set(saved.name, value)
-        elif isinstance(value, list):
-            self._grow(saved.name, value)
-
-    def _set(self, name: str, value: object) -> None:
-        if self.fresh is not None:
-            self.fresh.set(name, value, name in self.sample.values)
-        self.sample.values[name] = value
-
-    def _grow(self, name: str, items: list[object]) -> None:
-        self._known(name).extend(items)
-        if self.fresh is not None:
-            self.fresh.grow(name, items)
-
-    def _known(self, name: str) -> list[object]:
-        known = self.sample.values.get(name)
-        if not isinstance(known, list):
-            raise InterventionError(f"the engine sent a continuation of {name}, which isn't a list")
-        return known
+_senders: ContextVar[deque[Listener] | None] = ContextVar("senders", default=None)
 
 
 class Collector:
-    """Wraps one engine's output processor. Keyed by the request's public id and the sample's index."""
+    """Wraps one engine's output processor, and how it names requests. Requests without a listener are somebody else's."""
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._original = self._processor.process_outputs
-        self._found: dict[str, dict[int, Collected]] = {}
-        self._is_collecting = False
-        self._processor.process_outputs = self.process_outputs
+    def __init__(self, core: Any) -> None:
+        inputs, self._processor = core.input_processor, core.output_processor
+        self._assign_id, self._process = inputs.assign_request_id, self._processor.process_outputs
+        self._listeners: dict[str, Listener] = {}
+        inputs.assign_request_id = self._name
+        self._processor.process_outputs = self._process_outputs
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Keep what comes, for `take`. Requests sent past our front end have nobody who would take theirs."""
-        self._is_collecting = True
+    def sending(self, *listeners: Listener) -> Iterator[None]:
+        """The requests that this task or thread gives to vLLM in here are theirs, one each, in this order."""
+        senders = deque(listeners)
+        token = _senders.set(senders)
         try:
             yield
         finally:
-            self._is_collecting = False
+            _senders.reset(token)
+            senders.clear()  # tasks that vLLM began meanwhile live on with this context
 
-    def take(self, request_id: str, count: int) -> list[Collected]:
-        """What the samples of a finished request sent home."""
-        found = self._found.pop(request_id, {})
-        samples = [found.get(i) or Collected() for i in range(count)]
-        for sample in samples:
-            sample.read_sheets()
-        return samples
-
-    def clear(self) -> None:
-        self._found.clear()
+    def forget(self, *listeners: Listener) -> None:
+        """They don't listen any more, whether their requests were sent or not."""
+        for listener in listeners:
+            self._listeners.pop(listener.id, None)
 
     @property
     def pending(self) -> int:
-        """Requests whose results nobody has taken."""
-        return len(self._found)
+        """Requests that somebody listens to."""
+        return len(self._listeners)
 
-    def process_outputs(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """In the place of vLLM's own, which does the rest."""
-        ended = [
-            output.request_id for output in outputs if output.pooling_output is not None and self._take_off(output)
-        ]
-        processed = self._original(outputs, *args, **kwargs)
+    # -- in the place of vLLM's own, which does the rest -----------------------------------------------------------------
+
+    def _name(self, request: Any) -> None:
+        """vLLM's own ids of requests with one name differ in 32 random bits, or not at all if the environment says so."""
+        self._assign_id(request)
+        request.request_id = f"{request.external_req_id}-{uuid.uuid4().hex}"
+        if senders := _senders.get():
+            listener = senders.popleft()
+            listener.id = request.request_id
+            self._listeners[listener.id] = listener
+
+    def _process_outputs(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        ended = [one.request_id for one in outputs if one.pooling_output is not None and self._take_off(one)]
+        heard = self._heard(outputs) if self._listeners else {}
+        processed = self._process(outputs, *args, **kwargs)
         processed.reqs_to_abort.extend(ended)
+        for queue, listener in heard.items():
+            # vLLM merges a request's outputs where their consumer is slow: this one is still alone.
+            if queue.output is not None and not isinstance(queue.output, Exception) and not queue.output.finished:
+                listener.hear(queue.get_nowait())
         return processed
 
     def _take_off(self, output: Any) -> bool:
@@ -170,62 +81,34 @@ class Collector:
             return False
         data, output.pooling_output = output.pooling_output, None
         deltas = decode_deltas(memoryview(data.numpy()))
-        for delta in deltas:
-            self._keep(state, delta)
+        if (listener := self._listener(state)) is not None:
+            for delta in deltas:
+                listener.collect(state.request_index, delta)
         last = next((delta for delta in deltas if delta.stopped or delta.failure is not None), None)
-        return last is not None and self._end(output, last)
+        return last is not None and _end(output, last)
 
-    def _keep(self, state: Any, delta: Delta) -> None:
-        if self._is_collecting:
-            samples = self._found.setdefault(public_id(state), {})
-            samples.setdefault(state.request_index, Collected()).add(delta)
+    def _heard(self, outputs: list[Any]) -> dict[Any, StepListener]:
+        """The queues that these outputs go to, of requests whose listeners want every step."""
+        found: dict[Any, StepListener] = {}
+        for output in outputs:
+            state = self._processor.request_states.get(output.request_id)
+            listener = None if state is None else self._listener(state)
+            if isinstance(listener, StepListener):
+                found[state.queue] = listener
+        return found
 
-    @staticmethod
-    def _end(output: Any, delta: Delta) -> bool:
-        """Make the output the request's last one. `abort` keeps the detokenizer from dropping the last token as a stop."""
-        from vllm.v1.engine import FinishReason
-
-        if not delta.keep_token:
-            output.new_token_ids = []
-            output.new_logprobs = None
-        is_running = output.finish_reason is None
-        output.finish_reason = FinishReason.ABORT
-        return is_running
+    def _listener(self, state: Any) -> Listener | None:
+        """Who listens to a sample's request."""
+        return self._listeners.get((state.parent_req or state).request_id)
 
 
-def public_id(state: Any) -> str:
-    """The id that whoever sent a request gave it; its samples share it."""
-    parent = state.parent_req
-    return str(parent.external_req_id if parent is not None else state.external_req_id)
+def _end(output: Any, delta: Delta) -> bool:
+    """Make the output the request's last one. `abort` keeps the detokenizer from dropping the last token as a stop."""
+    from vllm.v1.engine import FinishReason
 
-
-@functools.lru_cache(maxsize=64)
-def _decoded(header: bytes) -> list[Saved]:
-    return decode_saved(Raw(header))
-
-
-def _columns(saved: list[Saved], data: list[memoryview]) -> Iterator[tuple[str, bool, list[object]]]:
-    """Name, whether it continues a list, and the values of all steps; `data`: the sheets' bytes, one a step."""
-    # numpy copies: torch would use several threads for it, and wait for each where the engine keeps the cores busy.
-    steps = np.frombuffer(b"".join(data), dtype=np.uint8).reshape(len(data), -1)
-    columns: dict[tuple[str, bool], list[list[object]]] = {}
-    start = 0
-    for one in saved:
-        parts: list[list[object]] = []
-        leaves = one.value.items if isinstance(one.value, TupleValue) else [one.value]
-        for leaf in leaves:
-            assert isinstance(leaf, TensorValue)
-            dtype: torch.dtype = getattr(torch, leaf.dtype)
-            stop = start + math.prod(leaf.shape) * dtype.itemsize
-            values = torch.from_numpy(steps[:, start:stop].copy()).view(dtype)
-            parts.append(list(values.reshape(len(data), *leaf.shape).unbind()))
-            start = stop
-        items = parts[0] if one.value is leaves[0] else _tuples(one.value, parts)
-        columns.setdefault((one.name, one.append), []).append(items)
-    for (name, append), several in columns.items():
-        yield name, append, [value for step in zip(*several, strict=True) for value in step]
-
-
-def _tuples(value: Value, parts: list[list[object]]) -> list[object]:
-    names = value.names if isinstance(value, TupleValue) else ()
-    return [named(names, items) if names else items for items in zip(*parts, strict=True)]
+    if not delta.keep_token:
+        output.new_token_ids = []
+        output.new_logprobs = None
+    is_running = output.finish_reason is None
+    output.finish_reason = FinishReason.ABORT
+    return is_running

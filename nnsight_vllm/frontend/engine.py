@@ -8,16 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from nnsight_vllm.client.prompts import make_prompt
+from nnsight_vllm.client.admission import admitted_prompt, sampling_arguments
 from nnsight_vllm.errors import AdmissionError, EngineSettingError, IntegrityError, InterventionError
 from nnsight_vllm.frontend.bundling import Bundling, Tied
-from nnsight_vllm.frontend.cache_salt import Shared, salt_of, sharing_by
-from nnsight_vllm.frontend.collector import Collected, Collector
+from nnsight_vllm.frontend.cache_salt import CachePolicy, policy_by, salt_of
+from nnsight_vllm.frontend.collector import Collector
+from nnsight_vllm.frontend.listener import Listener
+from nnsight_vllm.frontend.retry import Attempt, RestartPolicy
 from nnsight_vllm.frontend.settings import Sites, engine_arguments
 from nnsight_vllm.frontend.tensor_cache import DEFAULT_LIMIT, SentTensors
 from nnsight_vllm.graph.catalogue import Catalogue
@@ -26,13 +29,11 @@ from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.graph.walk import sites_written
 from nnsight_vllm.plan.chunking import Unchunked
 from nnsight_vllm.trace import garbage
-from nnsight_vllm.trace.backend import Completion, Outcome, Prompt, Request, Result
+from nnsight_vllm.trace.backend import Outcome, Prompt, Request
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tree import Tree
 from nnsight_vllm.wire import refusal
 from nnsight_vllm.wire.extras import MAX_PROGRAMS, RequestExtras, encode_extras
-
-_RENAMED = {"max_new_tokens": "max_tokens"}
 
 _GUARD = (
     "vLLM starts its engine in a new process, which imports the main script again: in a script, put what uses a model "
@@ -66,33 +67,25 @@ class Engine:
         self.llm: Any = llm
         self.tokenizer: Any = llm.get_tokenizer()
         self.tree = Tree(msgspec.msgpack.decode(self._call("nnsight_catalogue"), type=Catalogue))
-        self._sharing = sharing_by(self.tree.catalogue)
-        self.collector = self._collect(self._core.output_processor)
+        self._policy = policy_by(self.tree.catalogue)
+        self.collector = Collector(self._core)
         self.tensors = SentTensors(self._put, self._drop, tensor_limit)
         self._lock = threading.RLock()
-        self.num_restarted = 0
+        self.restarts = RestartPolicy()
 
     # -- the backend of a trace ------------------------------------------------------------------------------------------
 
     def prompt(self, inputs: tuple[object, ...]) -> Prompt:
         """The prompt behind the arguments of `trace` or `invoke`. Raises `AdmissionError`."""
-        catalogue = self.tree.catalogue
-        prompt = make_prompt(inputs, self.tokenizer, catalogue.vocab_size)
-        if prompt.rows >= catalogue.max_model_len:
-            raise AdmissionError(
-                f"the prompt has {prompt.rows} tokens; max_model_len is {catalogue.max_model_len}, prompt and answer "
-                f"together; {user_line()}"
-            )
-        return prompt
+        return admitted_prompt(inputs, self.tokenizer, self.tree.catalogue)
 
     def sampling(self, arguments: dict[str, object]) -> Any:
         """vLLM's sampling parameters. Raises `AdmissionError` for what vLLM doesn't know or allow."""
         from vllm import SamplingParams
         from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-        named = {_RENAMED.get(name, name): value for name, value in arguments.items()}
         try:
-            params = SamplingParams(**named)
+            params = SamplingParams(**sampling_arguments(arguments))
             # Its fields aren't checked when it's made, and a bad one would end the engine's input thread for good.
             params = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
             config = self._core.vllm_config
@@ -113,7 +106,7 @@ class Engine:
                 f"{user_line()}"
             )
         budget = self.tree.catalogue.max_num_batched_tokens
-        cut = self._sharing(request.graphs, tensors, request.prompt.rows).cut  # known from here on, if it's asked again
+        cut = self._policy(request.graphs, tensors, request.prompt.rows).cut  # known from here on, if it's asked again
         if request.prompt.rows > budget and isinstance(cut, Unchunked):
             raise AdmissionError(
                 f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
@@ -126,39 +119,40 @@ class Engine:
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
         """Run all requests together and wait for them. Those that the engine evicted start again from their prompts."""
         digests = {digest for request in requests for digest in request.constants}
-        found: dict[int, Outcome] = {}
-        related = Bundling(requests)
-        seeds = related.seeds()
-        due, num_before = related.in_order(range(len(requests))), len(requests) + 1
         with self._lock:
             self.tensors.acquire(digests, tensors)
             try:
-                while due:
-                    links = related.links(due)
-                    tied = [Tied(links.get(i), seeds.get(i)) for i in due]
-                    outcomes = zip(due, self._run_once([requests[i] for i in due], tensors, tied), strict=True)
-                    found |= {i: one for i, one in outcomes if i not in found or found[i].is_evicted}
-                    evicted = [i for i in due if found[i].is_evicted]
-                    # Not even one at a time has room, or they have none together with those who make their values.
-                    if len(evicted) == len(due) or len(evicted) >= num_before:
-                        break
-                    self.num_restarted += len(evicted)
-                    due, num_before = related.in_order(related.with_makers(evicted)), len(evicted)
+                found = self._run_until_all_stay(requests, tensors)
             finally:
                 self.tensors.release(digests)
         return [found[i] for i in range(len(requests))]
 
-    def _run_once(self, requests: list[Request], tensors: dict[str, bytes], tied: list[Tied]) -> list[Outcome]:
-        outputs = self._generate(requests, tensors, tied)
-        asked = [request.prompt.engine["prompt_token_ids"] for request in requests]
+    def _run_until_all_stay(self, requests: list[Request], tensors: dict[str, bytes]) -> dict[int, Outcome]:
+        related, found = Bundling(requests), dict[int, Outcome]()
+        due: dict[int, Attempt | None] = dict.fromkeys(range(len(requests)))
+        while due:
+            tied = related.tied(related.with_makers(due))
+            with ExitStack() as running:
+                attempts = {i: running.enter_context(self.restarts.attempt(before)) for i, before in due.items()}
+                outcomes = dict(zip(tied, self._run_once(requests, tensors, tied), strict=True))
+                found |= {i: attempt.settled(outcomes[i]) for i, attempt in attempts.items()}
+            due = {i: attempt for i, attempt in attempts.items() if self.restarts.has_room(attempt)}
+        return found
+
+    def _run_once(self, requests: list[Request], tensors: dict[str, bytes], tied: dict[int, Tied]) -> list[Outcome]:
+        listeners = [Listener(_raise) for _ in tied]
+        sent = [self.sendable(requests[i], tensors, own) for i, own in tied.items()]
+        try:
+            outputs = self._generate(sent, listeners)
+        finally:
+            self.collector.forget(*listeners)
+        asked = [requests[i].prompt.engine["prompt_token_ids"] for i in tied]
         if [list(output.prompt_token_ids) for output in outputs] != asked:
             raise InterventionError(
                 "another thread used model.llm while the trace ran, and took its results: use one at a time"
             )
         with garbage.paused():
-            return [
-                outcome_of(output, self.collector.take(output.request_id, len(output.outputs))) for output in outputs
-            ]
+            return [listener.outcome(output)[0] for listener, output in zip(listeners, outputs, strict=True)]
 
     # -- the engine ------------------------------------------------------------------------------------------------------
 
@@ -170,10 +164,7 @@ class Engine:
             leftovers += [
                 f"front end: request {name} was never finished" for name in self._states() if name not in live
             ]
-            if self.collector.pending:
-                leftovers.append(f"front end: results of {self.collector.pending} requests were never taken")
-            if self.tensors.in_use:
-                leftovers.append(f"front end: {self.tensors.in_use} tensors are still in use")
+            leftovers += self._still_counted()
         if leftovers:
             raise IntegrityError("; ".join(leftovers))
 
@@ -184,7 +175,7 @@ class Engine:
     def stats(self) -> Stats:
         """What was run so far."""
         worked = msgspec.msgpack.decode(self._call("nnsight_stats"), type=Stats)
-        return msgspec.structs.replace(worked, restarted=self.num_restarted)
+        return msgspec.structs.replace(worked, restarted=self.restarts.num_restarted)
 
     def close(self) -> None:
         """End the engine and free what it held."""
@@ -200,28 +191,33 @@ class Engine:
 
         return LLM(model, **arguments)
 
-    def _collect(self, processor: Any) -> Collector:
-        return Collector(processor)
+    def _still_counted(self) -> list[str]:
+        """Leftovers of the front end, where nothing of ours runs."""
+        counts = {
+            "requests are still waited for": self.collector.pending,
+            "tensors are still in use": self.tensors.in_use,
+            "requests count as running": self.restarts.num_running,
+        }
+        return [f"front end: {number} {what}" for what, number in counts.items() if number]
 
     def _states(self) -> dict[str, Any]:
         return dict(self._core.output_processor.request_states)
 
-    def _generate(self, requests: list[Request], tensors: dict[str, bytes], tied: list[Tied]) -> list[Any]:
-        pairs = zip(requests, tied, strict=True)
-        prompts, params = zip(*(self.sendable(request, tensors, own) for request, own in pairs), strict=True)
+    def _generate(self, sent: list[tuple[Any, Any]], listeners: list[Listener]) -> list[Any]:
+        prompts, params = zip(*sent, strict=True)
         try:
-            with self.collector.collecting():
+            with self.collector.sending(*listeners):
                 return list(self.llm.generate(list(prompts), list(params), use_tqdm=False))
         except BaseException as error:
             self._abort_all()
-            if isinstance(error, refusals()):
-                raise AdmissionError(f"the engine refuses the request: {error}") from error
+            if (refused := as_admission(error)) is not error:
+                raise refused from error
             raise
 
     def sendable(self, request: Request, tensors: dict[str, bytes], tied: Tied) -> tuple[Any, Any]:
         """The request's prompt and sampling parameters as vLLM takes them, its graphs among them."""
-        shared = self._sharing(request.graphs, tensors, request.prompt.rows) if request.graphs else None
-        return _prompt(request, shared), _params(request, shared, tied)
+        policy = self._policy(request.graphs, tensors, request.prompt.rows) if request.graphs else None
+        return _prompt(request, policy), _params(request, policy, tied)
 
     def _abort_all(self) -> None:
         """After an interruption: nothing of this trace stays in the engine."""
@@ -229,7 +225,6 @@ class Engine:
         names = [*self._core.output_processor.parent_requests, *alone]  # a parent takes its samples with it
         if names:
             self.llm.llm_engine.abort_request(names, internal=True)
-        self.collector.clear()
 
     def _put(self, data: list[bytes]) -> None:
         self._call("nnsight_put", (data,))
@@ -241,59 +236,47 @@ class Engine:
         return self.llm.collective_rpc(method, args=args)[0]
 
 
-def outcome_of(output: Any, collected: list[Collected]) -> Outcome:
-    """What became of a request; `output` is vLLM's, with all its samples."""
-    completions = [_completion(sample, found) for sample, found in zip(output.outputs, collected, strict=True)]
-    result = Result(
-        completions, output.prompt, list(output.prompt_token_ids), output.prompt_logprobs, output.num_cached_tokens
-    )
-    return Outcome(result, [found.sample for found in collected])
-
-
-def reason_of(reason: str | None, found: Collected) -> str | None:
-    """Why a sample ended; vLLM's own `reason` says only that we ended it."""
-    if found.sample.failure is not None:
-        return "error"
-    return "stop" if found.is_stopped else reason
-
-
-def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM's own admission raises."""
+def as_admission(error: BaseException) -> BaseException:
+    """What vLLM's own admission raises, as an error of ours; other errors as they are."""
     from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-    return ValueError, TypeError, VLLMClientError, GracefulHTTPError
+    if not isinstance(error, ValueError | TypeError | VLLMClientError | GracefulHTTPError):
+        return error
+    refused = AdmissionError(f"the engine refuses the request: {error}")
+    refused.__cause__ = error
+    return refused
 
 
-def _prompt(request: Request, shared: Shared | None) -> Any:
+def _prompt(request: Request, policy: CachePolicy | None) -> Any:
     """What vLLM takes. A salt that isn't for all of the prompt's blocks goes with the sampling parameters."""
     prompt = request.prompt.engine
-    salt = None if shared is None or shared.first > 0 else _salt(request, shared)
+    salt = None if policy is None or policy.first > 0 else _salt(request, policy)
     return prompt if salt is None else {**prompt, "cache_salt": salt}
 
 
-def _params(request: Request, shared: Shared | None, tied: Tied) -> Any:
+def _params(request: Request, policy: CachePolicy | None, tied: Tied) -> Any:
     params = request.sampling.clone()
-    if shared is None:
+    if policy is None:
         return params
     if params.seed is None:
         params.seed = tied.seed
-    salt = _salt(request, shared) if shared.first > 0 else None
+    salt = _salt(request, policy) if policy.first > 0 else None
     extras = RequestExtras(
         list(request.graphs),
         tied.links,
-        not isinstance(shared.cut, Unchunked),
-        shared.most,
-        None if salt is None else (salt, shared.first),
+        not isinstance(policy.cut, Unchunked),
+        policy.most,
+        None if salt is None else (salt, policy.first),
     )
     params.extra_args = {**(params.extra_args or {}), **encode_extras(extras)}
-    if shared.most == 0:
+    if policy.most == 0:
         params.skip_reading_prefix_cache = True
     return params
 
 
-def _salt(request: Request, shared: Shared) -> str | None:
+def _salt(request: Request, policy: CachePolicy) -> str | None:
     prompt = request.prompt.engine
-    return salt_of(shared.salt, shared.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"), request.tenant)
+    return salt_of(policy.salt, policy.graph, prompt["prompt_token_ids"], prompt.get("cache_salt"), request.tenant)
 
 
 def _start(make: Callable[..., Any], model: str, arguments: dict[str, object]) -> Any:
@@ -314,12 +297,5 @@ def _refuse_import_of_main() -> None:
         raise EngineSettingError(_GUARD)
 
 
-def _completion(output: Any, found: Collected) -> Completion:
-    return Completion(
-        text=output.text,
-        token_ids=list(output.token_ids),
-        finish_reason=reason_of(output.finish_reason, found),
-        stop_reason=output.stop_reason,
-        logprobs=output.logprobs,
-        cumulative_logprob=output.cumulative_logprob,
-    )
+def _raise(error: Exception) -> None:
+    raise error

@@ -10,17 +10,18 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from nnsight_vllm.client.loop import RunningLoop
 from nnsight_vllm.frontend.async_engine import AsyncEngine
 from nnsight_vllm.frontend.bundling import Tied
-from nnsight_vllm.frontend.collector import Collected, Fresh
-from nnsight_vllm.frontend.engine import reason_of
+from nnsight_vllm.frontend.collected import Fresh
+from nnsight_vllm.frontend.listener import Listener, reason_of
+from nnsight_vllm.frontend.retry import Attempt
 from nnsight_vllm.frontend.tensor_cache import DEFAULT_LIMIT
-from nnsight_vllm.graph.results import Delta, Failure
+from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.backend import Request
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
@@ -62,33 +63,46 @@ class ServedEngine(AsyncEngine):
         The last of what it gives says how the graphs failed, if they did.
         """
         prompt, params = self.sendable(request, tensors, Tied(None, None))
-        number, is_heard = 0, False
-        async with self._held(set(request.constants), tensors):
-            while True:
-                since, is_evicted = self.turnover.enter(), False
-                own_id = id if number == 0 else f"{id}-{number}"
-                listener = _Listener()
-                self.listened.listen(own_id, listener)
-                try:
-                    async with aclosing(generate(prompt, params, own_id)) as outputs:
-                        async for output in outputs:
-                            heard = listener.heard(output)
-                            is_evicted = heard.failure is not None and heard.failure.retryable
-                            if not is_evicted or is_heard:
-                                is_heard = True
-                                yield heard
-                    if listener.error is not None:
-                        raise listener.error
-                finally:
-                    self.listened.forget(own_id)
-                    self.turnover.leave(is_evicted)
-                if not is_evicted or is_heard:
-                    return
-                if not await self.turnover.next(since):
-                    yield heard
-                    return
-                self.num_restarted += 1
-                number += 1
+        async with AsyncExitStack() as ending:
+            await ending.enter_async_context(self._held(set(request.constants), tensors))
+            first, rest = await self._begun(lambda own_id: generate(prompt, params, own_id), id)
+            ending.push_async_callback(rest.aclose)
+            yield first
+            async for heard in rest:
+                yield heard
+
+    async def _begun(self, generate: Generate, id: str) -> tuple[Heard, AsyncGenerator[Heard, None]]:
+        """The first that's to be heard of a request, and the rest. A go that's evicted before is only heard of if it's the last."""
+        attempt = self.restarts.attempt()
+        while True:
+            heard_ones = self._go(generate(f"{id}-{attempt.number}" if attempt.number else id), attempt)
+            heard = await anext(heard_ones)
+            if not attempt.is_evicted:
+                return heard, heard_ones
+            async for later in heard_ones:
+                heard = later
+            if not await self.restarts.gets_room(attempt):
+                return heard, heard_ones
+            attempt = self.restarts.attempt(attempt)
+
+    async def _go(self, outputs: AsyncGenerator[Any, None], attempt: Attempt) -> AsyncGenerator[Heard, None]:
+        errors: list[Exception] = []
+        listener = Listener(errors.append, keeps_fresh=True)
+        async with AsyncExitStack() as ending:
+            ending.enter_context(attempt)
+            ending.callback(self.collector.forget, listener)
+            ending.push_async_callback(outputs.aclose)
+            while (output := await self._next(outputs, listener)) is not None:
+                heard = _heard(listener, output)
+                attempt.is_evicted = heard.failure is not None and heard.failure.retryable
+                yield heard
+        if errors:
+            raise errors[0]
+
+    async def _next(self, outputs: AsyncGenerator[Any, None], listener: Listener) -> Any:
+        """vLLM's next output; asked for the first, it sends the request."""
+        with self.collector.sending(listener):
+            return await anext(outputs, None)
 
     @asynccontextmanager
     async def _held(self, digests: set[str], tensors: dict[str, bytes]) -> AsyncIterator[None]:
@@ -114,34 +128,13 @@ class ServedEngine(AsyncEngine):
         return super()._is_idle and not self._num_carried
 
 
-class _Listener:
-    """Collects what the samples of one request send home, until the next output takes it."""
-
-    wants_steps = False  # vLLM's own consumer takes the outputs
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self._collected: dict[int, Collected] = {}
-
-    def collect(self, sample: int, delta: Delta) -> None:
-        try:
-            self._of(sample).add(delta)
-        except Exception as error:
-            self.error = error
-
-    def hear(self, output: Any) -> None:
-        raise AssertionError("nobody takes this listener's outputs")
-
-    def heard(self, output: Any) -> Heard:
-        """The output, with why its samples ended, and all that came until now."""
-        fresh = {sample: found.take_fresh() for sample, found in self._collected.items()}
-        for completion in output.outputs:
-            if completion.finish_reason is not None:
-                reason = reason_of(completion.finish_reason, self._of(completion.index))
-                completion.finish_reason = "abort" if reason == "error" else reason
-        failures = [found.sample.failure for found in self._collected.values() if found.sample.failure is not None]
-        stopped = frozenset(sample for sample, found in self._collected.items() if found.is_stopped)
-        return Heard(output, fresh, stopped, failures[0] if failures else None)
-
-    def _of(self, sample: int) -> Collected:
-        return self._collected.setdefault(sample, Collected(fresh=Fresh()))
+def _heard(listener: Listener, output: Any) -> Heard:
+    """The output, with why its samples ended, and all that came until now."""
+    fresh = {sample: found.take_fresh() for sample, found in listener.samples.items()}
+    for completion in output.outputs:
+        if completion.finish_reason is not None:
+            reason = reason_of(completion.finish_reason, listener.of(completion.index))
+            completion.finish_reason = "abort" if reason == "error" else reason
+    failures = [found.sample.failure for found in listener.samples.values() if found.sample.failure is not None]
+    stopped = frozenset(sample for sample, found in listener.samples.items() if found.is_stopped)
+    return Heard(output, fresh, stopped, failures[0] if failures else None)

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from nnsight_vllm.client.prompts import make_prompt
 from nnsight_vllm.client.trace_codec import decode_outcomes
-from nnsight_vllm.errors import AdmissionError, ConnectionFailed, EngineSettingError
+from nnsight_vllm.client.admission import admitted_prompt, sampling_arguments
+from nnsight_vllm.errors import ConnectionFailed, EngineSettingError
 from nnsight_vllm.graph.codec import decode, to_json
 from nnsight_vllm.graph.nodes import VERSION
 from nnsight_vllm.graph.results import Stats
@@ -37,7 +37,6 @@ SMALL_TOGETHER = 1 << 23
 
 TRACE = f"{PREFIX}/trace"
 _EDITS = f"{PREFIX}/edits"
-_RENAMED = {"max_new_tokens": "max_tokens"}
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -70,19 +69,13 @@ class RemoteEngine:
 
     def prompt(self, inputs: tuple[object, ...]) -> Prompt:
         """The prompt behind the arguments of `trace` or `invoke`. Raises `AdmissionError`."""
-        catalogue = self.tree.catalogue
-        prompt = make_prompt(inputs, self.tokenizer, catalogue.vocab_size)
-        if prompt.rows >= catalogue.max_model_len:
-            raise AdmissionError(
-                f"the prompt has {prompt.rows} tokens; max_model_len is {catalogue.max_model_len}, prompt and answer "
-                f"together; {user_line()}"
-            )
+        prompt = admitted_prompt(inputs, self.tokenizer, self.tree.catalogue)
         engine = RemotePrompt(prompt.engine["prompt_token_ids"], prompt.engine.get("cache_salt"), user_line())
         return Prompt(prompt.rows, prompt.text, engine)
 
     def sampling(self, arguments: dict[str, object]) -> Any:
         """Checked sampling parameters. Raises `AdmissionError` for what the server's vLLM doesn't know or allow."""
-        return self._samplings.of({_RENAMED.get(name, name): value for name, value in arguments.items()})
+        return self._samplings.of(sampling_arguments(arguments))
 
     def admit(self, request: Request, tensors: Mapping[str, bytes]) -> None:
         """Nothing: what only the engine knows of a request it tells when the trace is sent."""

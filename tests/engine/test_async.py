@@ -327,7 +327,8 @@ def test_what_is_not_a_coroutine_works_inside_of_one_and_outside(model: VLLM) ->
             model.check_integrity()
             assert "layers" in repr(model) and model.stats().programs > 0
             assert len(await greedy(model)) == 4
-        assert model._engine.tensors.in_use == 0
+        engine: Any = model._engine
+        assert engine.tensors.in_use == 0
 
     asyncio.run(main())
 
@@ -540,7 +541,7 @@ async def leaves_while_it_waits_for_a_seat(model: VLLM) -> None:
 
 async def greedy_is_sent(model: VLLM) -> None:
     """Wait until vLLM knows of all requests that were started before."""
-    engine = model._engine
+    engine: Any = model._engine
     while len(engine._states()) < NUM_SEATS + 3:
         await asyncio.sleep(0)
 
@@ -614,7 +615,7 @@ def assert_free(model: VLLM) -> None:
     engine: Any = model._engine
     processor = model.llm.output_processor
     assert not processor.request_states and not processor.parent_requests and not processor.external_req_ids
-    assert not engine._flights and not engine.collector.pending and not engine.tensors.in_use
+    assert not engine.runs and not engine.collector.pending and not engine.tensors.in_use
 
 
 def test_those_that_stay_in_a_group_get_what_they_get_alone(model: VLLM) -> None:

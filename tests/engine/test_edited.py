@@ -279,14 +279,15 @@ def test_each_tensor_of_an_edit_crosses_once(model: VLLM) -> None:
     direction = torch.randn(vector(model, 0).shape[0])
     with model.edit() as steered:
         model.model.layers[0].output[0][:] += direction
-    before = model._engine.store()["received_bytes"]
+    engine: Any = model._engine
+    before = engine.store()["received_bytes"]
     first = ask(steered, prompt(7))
-    once = model._engine.store()["received_bytes"]
+    once = engine.store()["received_bytes"]
     assert once > before
     direction += 1  # the edit keeps what it was recorded with
     assert equal(ask(steered, prompt(7)), first)
-    assert model._engine.store()["received_bytes"] == once
-    assert model._engine.tensors.in_use == 0
+    assert engine.store()["received_bytes"] == once
+    assert engine.tensors.in_use == 0
 
 
 def test_samples_of_a_request_run_edited_each(model: VLLM) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import nnsight_vllm as nv
 from nnsight_vllm.errors import PreemptedError
-from nnsight_vllm.frontend import engine
+from nnsight_vllm.frontend import listener
 from nnsight_vllm.graph.results import Failure
 from nnsight_vllm.trace.backend import Sample
 
@@ -209,14 +209,14 @@ def test_requests_without_graphs_are_evicted_first(model: VLLM) -> None:
 
 
 def test_where_even_one_has_no_room_each_fails_retryably(model: VLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = engine.outcome_of
+    settle = listener.outcome_of
 
     def evicted(output: Any, collected: Any) -> Any:
         outcome = settle(output, collected)
         outcome.samples = [Sample(failure=Failure("PreemptedError", "evicted", None, True))]
         return outcome
 
-    monkeypatch.setattr(engine, "outcome_of", evicted)
+    monkeypatch.setattr(listener, "outcome_of", evicted)
     with pytest.raises(PreemptedError, match="evicted") as caught:
         with model.trace([1, 2, 3], max_tokens=2):
             model.model.layers[0].output[0].save()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_model import HIDDEN, FakeModel, catalogue
 
-from nnsight_vllm.frontend.cache_salt import Shared, salt_of, sharing_by
+from nnsight_vllm.frontend.cache_salt import CachePolicy, policy_by, salt_of
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Log
 from nnsight_vllm.plan.caching import Salt
@@ -82,7 +82,7 @@ def caches(model: Any, tracer: Any) -> None:
     tracer.cache("model.layers.1")
 
 
-def found(*changes: Any, own: Any = nothing) -> Shared:
+def found(*changes: Any, own: Any = nothing) -> CachePolicy:
     model: Any = FakeModel()
     edited = model
     for change in changes:
@@ -94,10 +94,10 @@ def found(*changes: Any, own: Any = nothing) -> Shared:
     tensors = {
         digest: data for invoke in tracer.invokes for edit in invoke.edits for digest, data in edit.tensors.items()
     }
-    return sharing_by(catalogue())(request.graphs, tensors | tracer.constants.data, request.prompt.rows)
+    return policy_by(catalogue())(request.graphs, tensors | tracer.constants.data, request.prompt.rows)
 
 
-def salt(shared: Shared, prompt: list[int] = PROMPT) -> str | None:
+def salt(shared: CachePolicy, prompt: list[int] = PROMPT) -> str | None:
     return salt_of(shared.salt, shared.graph, prompt, None)
 
 
@@ -145,9 +145,9 @@ def test_a_requests_own_edits_are() -> None:
 
 
 def test_bytes_that_are_no_graph_share_nothing() -> None:
-    sharing = sharing_by(catalogue())
+    sharing = policy_by(catalogue())
     graph = encode(Graph(Block([Log(0, ["here"])])))
-    assert sharing([graph], {}, 3) == Shared(Salt.NONE, None, 0, b"", None)
+    assert sharing([graph], {}, 3) == CachePolicy(Salt.NONE, None, 0, b"", None)
     found = sharing([graph, b"nonsense"], {}, 3)
     assert (found.salt, found.most) == (Salt.UNIQUE, 0) and isinstance(found.cut, Unchunked)
 
