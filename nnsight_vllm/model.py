@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from asyncio import AbstractEventLoop
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nnsight_vllm.errors import EngineSettingError, RefusedError
 from nnsight_vllm.frontend.settings import Sites, check_arguments, check_checkpoint, check_sites
 from nnsight_vllm.graph.results import Stats
 from nnsight_vllm.trace.async_tracer import AsyncTracer
+from nnsight_vllm.trace.backend import ModelBackend
 from nnsight_vllm.trace.editable import Editable
 from nnsight_vllm.trace.edits import Standing
 from nnsight_vllm.trace.envoy import Envoy
+from nnsight_vllm.trace.events import AsyncModelBackend
 from nnsight_vllm.trace.session import Session
 from nnsight_vllm.trace.source import user_line
 from nnsight_vllm.trace.tracer import Tracer
@@ -24,39 +27,29 @@ from nnsight_vllm.wire.limits import check_limits
 if TYPE_CHECKING:
     from typing import Self
 
-    from nnsight_vllm.frontend.async_engine import AsyncEngine
-    from nnsight_vllm.frontend.engine import Engine
-    from nnsight_vllm.remote.engine import RemoteEngine
+
+E = TypeVar("E", bound=ModelBackend, covariant=True)
 
 
-class _Start:
-    """Starts the engine when it is first needed, once, whichever thread asks."""
+class _Start(Generic[E]):
+    """Opens the engine when it is first needed, once, whichever thread asks."""
 
-    def __init__(self, kind: str, model: str, sites: Sites, ours: dict[str, object], arguments: dict[str, Any]) -> None:
-        self._kind, self._model, self._sites, self._ours, self._arguments = kind, model, sites, ours, arguments
-        self._running: Engine | None = None
+    def __init__(self, open: Callable[[], E]) -> None:
+        self._open = open
+        self._running: E | None = None
         self._lock = threading.Lock()
 
-    def engine(self) -> Engine:
+    def engine(self) -> E:
         with self._lock:
             if self._running is None:
-                try:
-                    self._running = self._open()
-                except AttributeError as error:  # from a property, Python would go on to look for a module of that name
-                    raise RuntimeError(f"the engine didn't start: {error}") from error
+                self._running = self._opened()
             return self._running
 
-    def _open(self) -> Engine:
-        return self._class()(self._model, dict(self._arguments), self._sites, ours=self._ours)
-
-    def _class(self) -> type[Engine]:
-        if self._kind == "async":
-            from nnsight_vllm.frontend.async_engine import AsyncEngine
-
-            return AsyncEngine
-        from nnsight_vllm.frontend.engine import Engine
-
-        return Engine
+    def _opened(self) -> E:
+        try:
+            return self._open()
+        except AttributeError as error:  # from a property, Python would go on to look for a module of that name
+            raise RuntimeError(f"the engine didn't start: {error}") from error
 
     def close(self) -> None:
         with self._lock:
@@ -65,27 +58,21 @@ class _Start:
             running.close()
 
 
+def _open(model: str, arguments: dict[str, object], sites: Sites, ours: dict[str, object]) -> ModelBackend:
+    from nnsight_vllm.frontend.engine import Engine
+
+    return Engine(model, arguments, sites, ours=ours)
+
+
+def _open_async(model: str, arguments: dict[str, object], sites: Sites, ours: dict[str, object]) -> AsyncModelBackend:
+    from nnsight_vllm.frontend.async_engine import AsyncEngine
+
+    return AsyncEngine(model, arguments, sites, ours=ours)
+
+
 def _check_mode(mode: str) -> None:
     if mode not in {"sync", "async"}:
         raise EngineSettingError(f"mode={mode!r}: expected 'sync' or 'async'")
-
-
-class _Connect(_Start):
-    """Connects to a server's engine, which does what one here does."""
-
-    def __init__(self, kind: str, url: str, api_key: str | None, timeout: float | None) -> None:
-        super().__init__(kind, url, "all", {}, {})
-        self._api_key, self._timeout = api_key, timeout
-
-    def _open(self) -> Engine:
-        from nnsight_vllm.remote.async_engine import AsyncRemoteEngine
-        from nnsight_vllm.remote.engine import RemoteEngine
-
-        kind = AsyncRemoteEngine if self._kind == "async" else RemoteEngine
-        return cast("Engine", kind(self._model, self._api_key, self._timeout))
-
-    def remote(self) -> RemoteEngine:
-        return cast("RemoteEngine", self.engine())
 
 
 class VLLM(Editable):
@@ -120,7 +107,10 @@ class VLLM(Editable):
         most = {"request": max_saved_bytes, "engine": max_saved_bytes_in_all, **(limits or {})}
         check_limits(most)
         ours: dict[str, object] = {"batching": batching, "limits": most}
-        self.__dict__.update(_path="", _mode=mode, _start=_Start(mode, str(model), sites, ours, arguments))
+        wanted = str(model), arguments, sites, ours
+        asynchronous = _Start(partial(_open_async, *wanted)) if mode == "async" else None
+        start: _Start[ModelBackend] = asynchronous or _Start(partial(_open, *wanted))
+        self.__dict__.update(_path="", _async=asynchronous, _start=start)
         if dispatch:
             _ = self._engine
 
@@ -133,13 +123,15 @@ class VLLM(Editable):
         Traces, sessions, edits and caches are as locally, in each mode. An answer may take `timeout` seconds (None: any time). A named edit
         becomes a model of the server's as well, `BASE:name`. Raises `ConnectionFailed`, `UnauthorizedError` for a wrong key.
         """
+        from nnsight_vllm.remote.async_engine import AsyncRemoteEngine
+        from nnsight_vllm.remote.engine import RemoteEngine
         from nnsight_vllm.remote.published import PublishedEdits
 
         _check_mode(mode)
         made = object.__new__(cls)
-        start = _Connect(mode, url, api_key, timeout)
-        edits = PublishedEdits(start.remote)
-        made.__dict__.update(_path="", _mode=mode, _start=start, _edits=Standing(edits))
+        asynchronous = _Start(partial(AsyncRemoteEngine, url, api_key, timeout)) if mode == "async" else None
+        start: _Start[RemoteEngine] = asynchronous or _Start(partial(RemoteEngine, url, api_key, timeout))
+        made.__dict__.update(_path="", _async=asynchronous, _start=start, _edits=Standing(PublishedEdits(start.engine)))
         _ = made._engine
         return made
 
@@ -155,8 +147,8 @@ class VLLM(Editable):
         """
         for name in ("scan", "validate"):
             arguments.pop(name, None)
-        if self.__dict__["_mode"] == "async":
-            return AsyncTracer(cast("AsyncEngine", self._engine), inputs, arguments, self._standing)
+        if (engine := self._async_engine) is not None:
+            return AsyncTracer(engine, inputs, arguments, self._standing)
         return Tracer(self._engine, inputs, arguments, standing=self._standing)
 
     def scan(self, *inputs: object, **arguments: object) -> Tracer:
@@ -169,7 +161,7 @@ class VLLM(Editable):
 
     def session(self) -> Session:
         """Traces in this `with` block run together when it ends, and may use each other's values."""
-        if self.__dict__["_mode"] == "async":
+        if self.__dict__["_async"] is not None:
             raise RefusedError(
                 f"a session runs when its block ends, which mode='async' can't: make its traces invokes of one trace; {user_line()}"
             )
@@ -185,9 +177,9 @@ class VLLM(Editable):
     @property
     def loop(self) -> AbstractEventLoop:
         """In async mode: the event loop of `llm`, on a thread of its own; see `asyncio.run_coroutine_threadsafe`."""
-        if self.__dict__["_mode"] != "async":
+        if (engine := self._async_engine) is None:
             raise EngineSettingError("only the engine of mode='async' has an event loop")
-        return cast("AsyncEngine", self._engine).loop.loop
+        return engine.event_loop
 
     @property
     def tokenizer(self) -> Any:
@@ -215,13 +207,18 @@ class VLLM(Editable):
         self.close()
 
     @property
-    def _lazy(self) -> _Start:
-        start: _Start = self.__dict__["_start"]
+    def _lazy(self) -> _Start[ModelBackend]:
+        start: _Start[ModelBackend] = self.__dict__["_start"]
         return start
 
     @property
-    def _engine(self) -> Engine:
+    def _engine(self) -> ModelBackend:
         return self._lazy.engine()
+
+    @property
+    def _async_engine(self) -> AsyncModelBackend | None:
+        start: _Start[AsyncModelBackend] | None = self.__dict__["_async"]
+        return None if start is None else start.engine()
 
     # -- the tree --------------------------------------------------------------------------------------------------------
 

@@ -41,14 +41,14 @@ class RemoteRun:
 
     def begin(self, content: bytes, large: dict[str, bytes]) -> None:
         """Start."""
-        self._task = asyncio.get_running_loop().create_task(self._fly(content, large))
+        self._task = asyncio.get_running_loop().create_task(self._run(content, large))
 
     def _give_up(self) -> None:
         self._is_left = True
         if self._task is not None:
             self._task.cancel()
 
-    async def _fly(self, content: bytes, large: dict[str, bytes]) -> None:
+    async def _run(self, content: bytes, large: dict[str, bytes]) -> None:
         try:
             self.outcomes.set_result(await self._engine.through(self, content, large))
         except asyncio.CancelledError:
@@ -82,6 +82,11 @@ class AsyncRemoteEngine(RemoteEngine):
         self.loop.stop()
         super().close()
 
+    @property
+    def event_loop(self) -> asyncio.AbstractEventLoop:
+        """What the connection lives on."""
+        return self.loop.loop
+
     # -- on the loop -----------------------------------------------------------------------------------------------------
 
     async def through(self, run: RemoteRun, content: bytes, large: dict[str, bytes]) -> list[Outcome]:
@@ -97,17 +102,24 @@ class AsyncRemoteEngine(RemoteEngine):
 
     async def _streamed(self, run: RemoteRun, content: bytes, is_again: bool = False) -> list[Outcome]:
         try:
-            async with self._client.stream("POST", TRACE, content=content, headers=self._headers(FRAMES)) as answer:
-                if answer.is_success:
-                    return await self._heard(run, answer.aiter_bytes())
-                await answer.aread()
+            answer = await self._answered(run, content)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._connection.broken(error, run.line) from error
+        if isinstance(answer, list):
+            return answer
         seconds = None if is_again else wait_for(answer)
         if seconds is None:
             raise self._connection.refusal(answer, run.line)
         await asyncio.sleep(seconds)
         return await self._streamed(run, content, is_again=True)
+
+    async def _answered(self, run: RemoteRun, content: bytes) -> list[Outcome] | httpx.Response:
+        """What became of a run, or the server's refusal, whole."""
+        async with self._client.stream("POST", TRACE, content=content, headers=self._headers(FRAMES)) as answer:
+            if answer.is_success:
+                return await self._heard(run, answer.aiter_bytes())
+            await answer.aread()
+            return answer
 
     async def _heard(self, run: RemoteRun, chunks: AsyncIterator[bytes]) -> list[Outcome]:
         async for data in pieces(chunks):

@@ -1,4 +1,4 @@
-"""What a trace needs of an engine: check a prompt, run requests, give outcomes. One implementation runs vLLM here."""
+"""What a trace needs of an engine: check a prompt, run requests, give outcomes. One runs vLLM here, one asks a server's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nnsight_vllm.graph.links import Links
-from nnsight_vllm.graph.results import Failure
+from nnsight_vllm.graph.results import Failure, Stats
 from nnsight_vllm.trace.tree import Tree
 
 
@@ -120,4 +120,23 @@ class Backend(Protocol):
         """Raise `AdmissionError` if the engine can't take this request. `tensors`: its constants."""
 
     def run(self, requests: list[Request], tensors: dict[str, bytes]) -> list[Outcome]:
-        """Run all requests together."""
+        """Run all requests together and wait for them."""
+
+
+class ModelBackend(Backend, Protocol):
+    """The same as the model's own object sees it. `tokenizer` has at least `encode` and `decode`."""
+
+    tokenizer: Any
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's own object. Raises `EngineSettingError` where there is none here."""
+
+    def stats(self) -> Stats:
+        """What was run so far."""
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if anything is left of requests that have ended."""
+
+    def close(self) -> None:
+        """End the engine, or the connection to it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.results import Failure
-from nnsight_vllm.trace.backend import Backend, Outcome, Request, Result
+from nnsight_vllm.trace.backend import Backend, ModelBackend, Outcome, Request, Result
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,11 @@ class AsyncBackend(Backend, Protocol):
 
     def start(self, requests: list[Request], tensors: dict[str, bytes], receive: Receive | None = None) -> RunningTrace:
         """Send the requests off. `receive` gets notices as they come, on a thread of the engine's; it mustn't block."""
+
+
+class AsyncModelBackend(AsyncBackend, ModelBackend, Protocol):
+    """The same as the model's own object sees it."""
+
+    @property
+    def event_loop(self) -> AbstractEventLoop:
+        """What it lives on, on a thread of its own."""
