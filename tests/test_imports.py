@@ -69,9 +69,7 @@ IMPORT_VLLM = {
 
 # Only shorter from here on.
 KNOWN_VIOLATIONS: set[str] = set()
-KNOWN_CIRCLES: set[str] = {
-    "worker.batch.request_programs worker.batch.requests",
-}
+KNOWN_CIRCLES: set[str] = set()
 
 
 @cache

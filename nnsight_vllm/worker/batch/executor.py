@@ -23,28 +23,30 @@ from torch import Tensor
 
 from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.results import Stats
-from nnsight_vllm.plan.program import SAMPLES, ProgramCache
+from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.plan.template import parameter_of
 from nnsight_vllm.wire.limits import DEFAULT, Limits
 from nnsight_vllm.wire.step_output import Messages, Released
+from nnsight_vllm.worker.batch.control import Control
+from nnsight_vllm.worker.batch.cursor import START
 from nnsight_vllm.worker.batch.fused import FusedSites
-from nnsight_vllm.worker.batch.group import Group, key_of
-from nnsight_vllm.worker.batch.group_control import GroupInterpreter
+from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_place import GroupPlace
-from nnsight_vllm.worker.batch.holdings import measure
-from nnsight_vllm.worker.batch.interpreter import Interpreter, ModuleCalls
+from nnsight_vllm.worker.batch.group_runner import GroupRunner
 from nnsight_vllm.worker.batch.places import RequestPlace
-from nnsight_vllm.worker.batch.prefill import Prefill, PrefillChunk
+from nnsight_vllm.worker.batch.prefill import Prefill
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.request_programs import RequestPrograms, check_names
-from nnsight_vllm.worker.batch.requests import START, Arrival, EngineRequest, Status, Step, interrupted, requests_of
+from nnsight_vllm.worker.batch.request_nodes import ModuleCalls, RequestNodes
+from nnsight_vllm.worker.batch.request_values import RequestValues
+from nnsight_vllm.worker.batch.requests import EngineRequest, RequestPrograms, check_names, interrupted, requests_of
+from nnsight_vllm.worker.batch.step import Arrival, Step
 from nnsight_vllm.worker.batch.tables import Tables
 from nnsight_vllm.worker.batch.tally import Tally
 from nnsight_vllm.worker.batch.tensor_store import Store
 from nnsight_vllm.worker.model.sampling_sites import SAMPLES_TAP
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Handler, Tensors
-from nnsight_vllm.worker.ops.usage import Holdings
+from nnsight_vllm.worker.ops.usage import Clock, Holdings, measure
 from nnsight_vllm.worker.results.batched_saves import BatchedSaves
 from nnsight_vllm.worker.results.exports import Exports
 from nnsight_vllm.worker.results.outbox import Outbox
@@ -88,9 +90,11 @@ class Executor:
         self._fused = FusedSites(table.sites, limits.saved_per_step)
         self._tally = Tally()
         self.exports = Exports(limits.request, limits.engine)
-        holdings = Holdings(limits, lambda: measure(self._units()))
-        self._interpreter = Interpreter(table.orders, table.calls, device, self.exports, limits, holdings)
-        self._grouped = GroupInterpreter(table.orders, table.calls, self._interpreter)
+        self._clock, holdings = Clock(limits), Holdings(limits, lambda: measure(self._units()))
+        self._nodes = RequestNodes(table.calls, device, self.exports, limits)
+        values = RequestValues(self._nodes, self._clock, holdings, limits)
+        self._control = Control(table.orders, values, self._clock, limits)
+        self._grouped = GroupRunner(table.orders, self._nodes, self._clock, holdings, limits)
         self._prefill = Prefill(programs, store, lambda name: len(table.sites[name].info.shape) - 1, device)
         self._alone: dict[tuple[str, int], EngineRequest] = {}
         self._groups: list[Group] = []
@@ -101,7 +105,7 @@ class Executor:
 
     def warm_up(self) -> None:
         """Do now what would make the first request with a graph wait."""
-        self._interpreter.guard.warm_up()
+        self._nodes.guard.warm_up()
 
     def admit(self, arrival: Arrival) -> None:
         """Take a request. A graph that can't be run fails it; nothing is raised."""
@@ -137,11 +141,11 @@ class Executor:
         """Fail a request for a reason that the engine knows, also one whose program is over: its edits must stay."""
         request = self.requests.get(request_id)
         if request is not None and not request.has_failed:
-            if request.parts is not None:
-                request.parts.reopen()
+            if request.request_programs is not None:
+                request.request_programs.reopen()
             request.fail(error, keep_token=False)
             for unit in request.programs:
-                unit.finish(Status.FAILED)
+                unit.finish(has_failed=True)
             self._groups = [part for group in self._groups if (part := _without(group, {request_id})) is not None]
 
     def begin_step(self, step: Step) -> None:
@@ -149,7 +153,7 @@ class Executor:
         self._tally.start()
         self._step = step
         self._is_at_logits = False
-        self._interpreter.step += 1
+        self._clock.step += 1
         with _inference():
             self._tables.fill()
         ready: list[Unit] = []
@@ -158,7 +162,7 @@ class Executor:
             ready += self._begin_group(group, step)
         for request in list(self._alone.values()):
             index = step.index.get(request.id)
-            if not request.is_running:
+            if request.is_over:
                 self._alone.pop(request.key)
             elif index is not None:
                 ready += self._begin(request, index, step)
@@ -201,7 +205,7 @@ class Executor:
     def writes_samples(self, request_id: str) -> bool:
         """Whether this request may replace the token that is about to be drawn."""
         request = self.requests.get(request_id)
-        return request is not None and any(r.is_running and r.program.writes_samples for r in request.programs)
+        return request is not None and any(not r.is_over and r.program.writes_samples for r in request.programs)
 
     def fail_step(self, error: Exception) -> None:
         """Fail every request of this step: a defect of ours, in which anything may be wrong."""
@@ -238,7 +242,7 @@ class Executor:
         found += [f"requests waiting at tap {tap}" for tap in self._waiting]
         members = [member for group in self._groups for member in group.members]
         found += [f"request {r.id} is in a group and unknown" for r in members if r.id not in self.requests]
-        found += [f"a site of a group of {len(group)}" for group in self._groups if group.place is not None]
+        found += [f"a site of a group of {group.size}" for group in self._groups if group.place is not None]
         found += [f"results of request {id}, which ended" for id in self._unsent.difference(self.requests)]
         found += [f"programs of request {id}, which ended" for id in self._several.difference(self.requests)]
         found += [f"{len(self._ended)} requests that ended in a step that is over"] if self._ended else []
@@ -264,7 +268,7 @@ class Executor:
         return Stats(
             batched=counts.batched,
             one_by_one=counts.one_by_one,
-            alone=self._interpreter.num_run,
+            alone=self._control.num_run,
             prevented=dict(counts.prevented.most_common()),
             programs=len(programs),
             program_hits=programs.hits,
@@ -305,8 +309,9 @@ class Executor:
         for unit in found:
             assert isinstance(unit, EngineRequest)
             unit.iteration += 1
-            if unit.wait.site is None and unit.wait.iteration == unit.iteration:
-                self._guarded(unit, partial(self._interpreter.run, unit))
+            unit.lag -= 1
+            if unit.site is None and unit.lag == 0:
+                self._guarded(unit, partial(self._control.run, unit))
         return found
 
     def _units_of(self, request: EngineRequest, index: int, step: Step) -> list[EngineRequest]:
@@ -326,7 +331,7 @@ class Executor:
             return []
         if not is_here.all():  # the others wait for a later step, by themselves
             here = [int(i) for i in np.flatnonzero(is_here)]
-            for i in set(range(len(group))).difference(here):
+            for i in set(range(group.size)).difference(here):
                 request = group.select([i]).release()
                 self._alone[request.key] = request
             group = group.select(here)
@@ -337,7 +342,7 @@ class Executor:
                 request, count = group.members[i], int(step.starts[at + 1] - step.starts[at])
                 request.iteration = int(group.iteration[i])
                 request.fail(interrupted(request, int(step.positions[at]), count), keep_token=False)
-            keep = [i for i in range(len(group)) if i not in wrong]
+            keep = [i for i in range(group.size) if i not in wrong]
             if not keep:
                 group.spill()
                 return []
@@ -355,11 +360,8 @@ class Executor:
         """Form groups of those at the same point, and let everybody wait for their sites."""
         by_key: dict[object, list[Unit]] = {}
         for unit in ready:
-            if isinstance(unit, Group):
-                by_key.setdefault((unit.key() if unit.lag == 0 else None) or object(), []).append(unit)
-            elif unit.is_running:
-                key = key_of(unit) if self._batching and unit.wait.iteration == unit.iteration else None
-                by_key.setdefault(key or object(), []).append(unit)
+            if not unit.is_over:
+                by_key.setdefault((unit.point() if self._batching else None) or object(), []).append(unit)
         for units in by_key.values():
             self._await(units[0] if len(units) == 1 else self._together(units, step))
 
@@ -367,8 +369,8 @@ class Executor:
         groups = [unit for unit in units if isinstance(unit, Group)]
         requests = [unit for unit in units if isinstance(unit, EngineRequest)]
         for request in requests:
-            if not isinstance(request, PrefillChunk):  # its owner waits for the next one
-                self._alone.pop(request.key, None)
+            if self._alone.get(request.key) is request:  # or it's a piece, whose owner waits for the next one
+                del self._alone[request.key]
         if requests:
             groups.append(Group.of(requests))
         group = groups[0] if len(groups) == 1 else Group.merged(groups)
@@ -377,16 +379,10 @@ class Executor:
 
     def _await(self, unit: Unit) -> None:
         """Have the tap of the site that a program waits for call us, if it's one of this iteration."""
-        if isinstance(unit, Group):
-            if unit not in self._groups:
-                self._groups.append(unit)
-            site, is_now = unit.site, unit.lag == 0
-        elif unit.is_running:
-            site, is_now = unit.wait.site, unit.wait.iteration == unit.iteration
-        else:
-            return
-        if site is not None and is_now:
-            tap = self._table.sites[site].tap
+        if isinstance(unit, Group) and unit not in self._groups:
+            self._groups.append(unit)
+        if unit.site is not None and unit.lag == 0 and not unit.is_over:
+            tap = self._table.sites[unit.site].tap
             self._waiting.setdefault(tap, []).append(unit)
             self._table.active[tap] = partial(self.at_tap, tap)
 
@@ -402,22 +398,21 @@ class Executor:
         return self._still_running(units) if self._ended else units
 
     def _rank(self, unit: Unit) -> tuple[int, int]:
-        site = unit.site if isinstance(unit, Group) else unit.wait.site
-        assert site is not None
-        return self._table.orders[site], unit.number
+        assert unit.site is not None
+        return self._table.orders[unit.site], unit.number
 
     def _still_running(self, units: Iterable[Unit]) -> list[Unit]:
         """Without the programs that ended because another one of their request did."""
         found: list[Unit] = []
         for unit in units:
             if isinstance(unit, Group):
-                keep = [i for i, member in enumerate(unit.members) if member.is_running]
+                keep = [i for i, member in enumerate(unit.members) if not member.is_over]
                 if keep:
-                    found.append(unit if len(keep) == len(unit) else unit.select(keep))
+                    found.append(unit if len(keep) == unit.size else unit.select(keep))
                 else:
                     unit.spill()
                 self._groups = [group for group in self._groups if group is not unit]
-            elif unit.is_running:
+            elif not unit.is_over:
                 found.append(unit)
         return found
 
@@ -427,7 +422,7 @@ class Executor:
             self._ended.clear()
 
     def _arrive(self, request: EngineRequest, tensors: Tensors) -> None:
-        name = request.wait.site
+        name = request.site
         assert name is not None and self._step is not None
         request.order = self._table.orders[name]
         index = self._step.index[request.id]
@@ -450,12 +445,12 @@ class Executor:
         unit.pc = done.stop
         for id in done.free:
             unit.env.pop(id, None)
-        self._grouped.nodes.counts.batched += done.num_operations * (len(unit) if isinstance(unit, Group) else 1)
+        self._grouped.nodes.counts.batched += done.num_operations * unit.size
 
     def _run_alone(self, request: EngineRequest, arrive: Callable[[], None]) -> None:
         def run() -> None:
             arrive()
-            self._interpreter.run(request)
+            self._control.run(request)
 
         self._guarded(request, run)
 
@@ -463,11 +458,9 @@ class Executor:
         """Nothing that a graph does may leave the op's body; what isn't one request's fault fails the group."""
         if group in self._groups:
             self._groups.remove(group)
-        self._grouped.current, self._grouped.found, self._grouped.waiting = group, [], []
         try:
             with _inference():
-                arrive()
-                return self._grouped.run(group)
+                return self._grouped.run(group, arrive)
         except Exception as error:
             self._grouped.fail(error)
         except BaseException as error:
@@ -519,7 +512,7 @@ class Executor:
 
     def _send_together(self, group: Group, sent: Messages) -> None:
         assert self._step is not None
-        sheet, group.sheet = group.sheet, BatchedSaves(len(group))
+        sheet, group.sheet = group.sheet, BatchedSaves(group.size)
         start, lines = sheet.lines()
         size, members = lines.shape[1], group.members
         in_step = size - len(start)
@@ -581,7 +574,7 @@ class Executor:
             request.fail(error, self._keeps_token(request))
 
     def _keeps_token(self, request: EngineRequest) -> bool:
-        return request.order >= self._table.orders[SAMPLES]
+        return request.keeps_token(self._table.orders)
 
     def _active_pop(self, tap: int) -> None:
         self._table.active.pop(tap, None)
@@ -598,15 +591,14 @@ def _inference() -> AbstractContextManager[object]:
 
 
 def _leave_alone(request: EngineRequest) -> None:
-    wait = request.wait
-    if request.is_running and wait.site is not None and wait.iteration == request.iteration:
-        raise OutOfOrderError(f"the model ran iteration {wait.iteration} without passing {wait.site}")
+    if not request.is_over and request.site is not None and request.lag == 0:
+        raise OutOfOrderError(f"the model ran iteration {request.iteration} without passing {request.site}")
     request.leave_iteration()
 
 
 def _without(group: Group, gone: Collection[str]) -> Group | None:
     keep = [i for i, member in enumerate(group.members) if member.id not in gone]
-    if len(keep) == len(group):
+    if len(keep) == group.size:
         return group
     return group.select(keep) if keep else None
 

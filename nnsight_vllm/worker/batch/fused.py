@@ -22,7 +22,8 @@ from nnsight_vllm.plan.fused import FusedSite
 from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_place import Layout
-from nnsight_vllm.worker.batch.requests import EngineRequest, Step
+from nnsight_vllm.worker.batch.requests import EngineRequest
+from nnsight_vllm.worker.batch.step import Step
 from nnsight_vllm.worker.lanes.lanes import Shared, as_ints, ranges
 from nnsight_vllm.worker.model.sites import Site
 from nnsight_vllm.worker.model.taps import Tensors
@@ -155,7 +156,7 @@ class FusedSites:
             is_full = len(sheet.columns) % LOOK == LOOK - 1 and sheet.num_bytes > self._max_saved
             return not is_full and _collect_together(unit, fused, site, place, tensors)
         assert isinstance(place, slice)
-        return unit.is_running and _collect_alone(unit, fused, site, place, tensors)
+        return not unit.is_over and _collect_alone(unit, fused, site, place, tensors)
 
 
 def _place(unit: Unit, step: Step, at_logits: bool) -> Layout | slice:
@@ -212,7 +213,7 @@ def _collect_together(group: Group, fused: FusedSite, site: Site, layout: Layout
     for save in fused.saves:
         at = rows[save.row]
         part = value if layout.is_cover(at) else value.index_select(0, at.to(value.device))
-        part = part.reshape(len(group), -1, *value.shape[1:]) if save.row is None else part
+        part = part.reshape(group.size, -1, *value.shape[1:]) if save.row is None else part
         group.sheet.append(save.name, part)
     return True
 

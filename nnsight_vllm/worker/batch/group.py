@@ -7,17 +7,18 @@ times, or when some aren't in a step. Each member keeps its identity, its parame
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nnsight_vllm.plan.program import Program
 from nnsight_vllm.wire.step_output import Ints
+from nnsight_vllm.worker.batch.cursor import Cursor, Frame, IterationsFrame, LoopFrame
 from nnsight_vllm.worker.batch.group_place import GroupPlace, Layout
-from nnsight_vllm.worker.batch.requests import START, EngineRequest, IterationsFrame, Step, Wait
+from nnsight_vllm.worker.batch.requests import EngineRequest
+from nnsight_vllm.worker.batch.step import Step
 from nnsight_vllm.worker.batch.tables import TableLines
 from nnsight_vllm.worker.lanes.lanes import (
     Each,
@@ -32,82 +33,39 @@ from nnsight_vllm.worker.lanes.lanes import (
     joined,
     lane_of,
 )
-from nnsight_vllm.worker.ops.usage import Spent
+from nnsight_vllm.worker.ops.usage import Spent, bytes_each
 from nnsight_vllm.worker.results.batched_saves import BatchedSaves
 
 
-@dataclass
-class GroupLoop:
-    """The items of a loop that are still to come; every request has as many."""
-
-    items: list[Lane]
-    position: int = 0
-
-
-@dataclass
-class GroupIterations:
-    """The same as a request's `IterationsFrame`, a number a request."""
-
-    upcoming: Ints
-    stop: Ints
-    step: Ints
-    current: Ints
-
-    def select(self, keep: Sequence[int]) -> GroupIterations:
-        at = list(keep)
-        return GroupIterations(self.upcoming[at], self.stop[at], self.step[at], self.current[at])
-
-
-Frame = GroupLoop | GroupIterations
-
-
 @dataclass(eq=False)
-class Group:
-    """`wait`: the site where all stand (None: the iteration's beginning), `lag` iterations from now.
+class Group(Cursor):
+    """`iteration`: that of each request. `dead`: members that failed since the group last waited.
 
-    `iteration`: that of each request. `dead`: members that failed since the group last waited. `num_saved`: bytes that each
-    member sent home as one of this group, and that its own count doesn't have yet. `spent`: of each, while it is one of this group.
+    `num_saved`: bytes that each member sent home as one of this group, and that its own count doesn't have yet. `spent`: of
+    each, while it is one of this group.
     """
 
-    program: Program
     members: list[EngineRequest]
-    env: dict[int, Lane]
-    pc: int
-    frames: list[Frame]
-    site: str | None
-    lag: int
     iteration: Ints
     prompt: Ints
-    order: int = START
-    place: GroupPlace | None = None
-    node: int | None = None
+    env: dict[int, Lane] = field(default_factory=dict, kw_only=True)
+    place: GroupPlace | None = field(default=None, kw_only=True)
     dead: set[int] = field(default_factory=set)
-    sheet: BatchedSaves = field(default_factory=lambda: BatchedSaves(0))
     num_saved: int = 0
-    spent: Spent = field(default_factory=Spent)
-    is_over: bool = False
     _most_saved: int | None = None
     _parameters: dict[int, Lane] = field(default_factory=dict)
     _lines: dict[int, TableLines] = field(default_factory=dict)
-    _in_step: tuple[Frame | None, Ints | None] = (None, None)
+    _in_step: tuple[Ints | None, Ints | None] = (None, None)
     _located: tuple[object, Ints] | None = None
     _layouts: dict[bool, tuple[Step, Layout]] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.members)
+    def __post_init__(self) -> None:
+        self.number, self.size = self.members[0].number, len(self.members)
+        self.sheet = BatchedSaves(self.size)
 
     @functools.cached_property
     def ids(self) -> list[str]:
         return [member.id for member in self.members]
-
-    @property
-    def number(self) -> int:
-        """Which of its request's programs each member is: never two of one request."""
-        return self.members[0].number
-
-    @property
-    def is_waiting(self) -> bool:
-        return not self.is_over and bool(self.members)
 
     # -- making and taking apart -------------------------------------------------------------------------------------
 
@@ -115,85 +73,63 @@ class Group:
     def of(cls, requests: list[EngineRequest]) -> Group:
         """Requests that wait at one point of one program, no loop around it, as a group."""
         first = requests[0]
+        iteration = as_ints([request.iteration for request in requests])
+        group = cls(requests, iteration, as_ints([request.prompt_length for request in requests]))
         # What one has and another hasn't came from a branch that is over, and nobody reads it any more.
         ids = set(first.env).intersection(*[request.env for request in requests])
-        env = {id: lane_of([request.env[id] for request in requests]) for id in ids if id >= 0}
-        frames: list[Frame] = [_iterations([request.frames[depth] for request in requests]) for depth in _depths(first)]
-        iteration = as_ints([request.iteration for request in requests])
-        prompt = as_ints([request.prompt_length for request in requests])
-        lag = first.wait.iteration - first.iteration
-        group = cls(
-            first.program, requests, env, first.pc, frames, first.wait.site, lag, iteration, prompt, first.order
-        )
-        group.sheet = BatchedSaves(len(requests))
-        return group
+        group.env = {id: lane_of([request.env[id] for request in requests]) for id in ids if id >= 0}
+        return group._standing_as(first, _joined_frames(requests, as_ints))
 
     @classmethod
     def merged(cls, groups: list[Group]) -> Group:
         """Groups at the same point as one. Their saves so far go to the requests' own outboxes."""
-        first, sizes = groups[0], [len(group) for group in groups]
+        first, sizes = groups[0], [group.size for group in groups]
         for group in groups:
             group.spill()
-        ids = set(first.env).intersection(*[group.env for group in groups])
-        env = {id: joined([group.env[id] for group in groups], sizes) for id in ids}
-        frames: list[Frame] = [
-            _joined_frames([group.frames[depth] for group in groups]) for depth in range(len(first.frames))
-        ]
         merged = cls(
-            first.program,
             [member for group in groups for member in group.members],
-            env,
-            first.pc,
-            frames,
-            first.site,
-            first.lag,
             np.concatenate([group.iteration for group in groups]),
             np.concatenate([group.prompt for group in groups]),
-            first.order,
         )
-        merged.sheet = BatchedSaves(len(merged))
-        return merged
+        ids = set(first.env).intersection(*[group.env for group in groups])
+        merged.env = {id: joined([group.env[id] for group in groups], sizes) for id in ids}
+        return merged._standing_as(first, _joined_frames(groups, np.concatenate))
 
     def select(self, keep: Sequence[int]) -> Group:
         """Some members as a group of their own, at the same point."""
         self.spill()
-        part = Group(
-            self.program,
-            [self.members[i] for i in keep],
-            {id: self._selected(lane, keep) for id, lane in self.env.items()},
-            self.pc,
-            [
-                frame.select(keep) if isinstance(frame, GroupIterations) else self._loop(frame, keep)
-                for frame in self.frames
-            ],
-            self.site,
-            self.lag,
-            self.iteration[list(keep)],
-            self.prompt[list(keep)],
-            self.order,
-        )
-        part.sheet, part.spent = BatchedSaves(len(part)), replace(self.spent)
-        return part
+        at = list(keep)
+        part = Group([self.members[i] for i in at], self.iteration[at], self.prompt[at], spent=replace(self.spent))
+        part.env = {id: self._selected(lane, keep) for id, lane in self.env.items()}
+        return part._standing_as(self, [self._selected_frame(frame, at) for frame in self.frames])
+
+    def _standing_as(self, other: Cursor, frames: list[Frame]) -> Group:
+        """Where the other one stands."""
+        self.program, self.pc, self.order = other.program, other.pc, other.order
+        self.site, self.lag, self.frames = other.site, other.lag, frames
+        return self
 
     def release(self) -> EngineRequest:
         """The only member, on its own again."""
         (request,) = self.members
         self.spill()
         request.pc, request.order, request.iteration = self.pc, self.order, int(self.iteration[0])
+        request.site, request.lag = self.site, self.lag
         request.env.update({id: lane.of(0) for id, lane in self.env.items()})
-        request.frames = []
-        for frame in self.frames:
-            assert isinstance(frame, GroupIterations)
-            bounds = (int(frame.upcoming[0]), int(frame.stop[0]), int(frame.step[0]), int(frame.current[0]))
-            request.frames.append(IterationsFrame(*bounds))
-        request.wait = Wait(self.site, request.iteration + self.lag)
+        request.frames = [IterationsFrame(*(int(own[0]) for own in frame.numbers)) for frame in _blocks(self)]
         return request
 
-    def key(self) -> tuple[object, ...] | None:
-        """Groups and requests with equal keys may run as one; None: with nobody."""
-        if any(isinstance(frame, GroupLoop) for frame in self.frames):
-            return None
-        return (id(self.program), self.pc, len(self.frames), self.lag, self.site, self.number)
+    def _selected(self, lane: Lane, keep: Sequence[int]) -> Lane:
+        if self.program.changes_values and isinstance(lane, Each | Rows | View | Several):
+            return Items([lane.of(i) for i in keep])  # views of one memory stay views of it
+        return lane.select(keep)
+
+    def _selected_frame(self, frame: Frame, keep: list[int]) -> Frame:
+        if isinstance(frame, IterationsFrame):
+            return IterationsFrame(*(own[keep] for own in frame.numbers))
+        return LoopFrame([self._selected(lane, keep) for lane in frame.items], frame.position)
+
+    # -- results and ends --------------------------------------------------------------------------------------------
 
     @property
     def most_saved(self) -> int:
@@ -213,14 +149,25 @@ class Group:
         self.settle()
         self.sheet.spill([member.outbox for member in self.members])
 
-    def _selected(self, lane: Lane, keep: Sequence[int]) -> Lane:
-        if self.program.changes_values and isinstance(lane, Each | Rows | View | Several):
-            return Items([lane.of(i) for i in keep])  # views of one memory stay views of it
-        return lane.select(keep)
+    def held(self) -> list[tuple[Spent, int]]:
+        """Bytes of each member's values, of which constants aren't."""
+        known = [value for member in self.members for value in member.parameters.values()]
+        lanes = [lane for id, lane in self.env.items() if id >= 0]
+        lanes += [lane for frame in self.frames if isinstance(frame, LoopFrame) for lane in frame.items]
+        spent = [member.spent for member in self.members]
+        return list(zip(spent, bytes_each(lanes, known, self.size), strict=True))
 
-    def _loop(self, frame: Frame, keep: Sequence[int]) -> GroupLoop:
-        assert isinstance(frame, GroupLoop)
-        return GroupLoop([self._selected(lane, keep) for lane in frame.items], frame.position)
+    def end(self) -> None:
+        for i, member in enumerate(self.members):
+            if i not in self.dead:
+                member.end()
+        self.is_over = True
+
+    def stop(self, keep_token: bool) -> None:
+        for i, member in enumerate(self.members):
+            if i not in self.dead:
+                member.stop(keep_token)
+        self.is_over = True
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -238,7 +185,7 @@ class Group:
             counts = step.starts[at + 1] - step.starts[at]
             starts = step.logits_rows(at) if at_logits else step.starts[at]
             is_single = at_logits or bool((counts == 1).all())
-            ragged = single_rows(len(self)) if is_single else Ragged(counts)
+            ragged = single_rows(self.size) if is_single else Ragged(counts)
             is_same = known is not None and known[1].ragged is ragged and bool((known[1].starts == starts).all())
             known = step, known[1] if known is not None and is_same else Layout(starts, ragged)
             self._layouts[at_logits] = known
@@ -253,19 +200,14 @@ class Group:
 
     def mark_in_step(self) -> None:
         """All members' innermost iterations block is at the iteration of this step."""
-        self._in_step = self.frames[-1] if self.frames else None, self.iteration
-
-    def forget_step(self) -> None:
-        self._in_step = None, None
+        frame = self.frames[-1]
+        self._in_step = frame.current if isinstance(frame, IterationsFrame) else None, self.iteration
 
     def is_in_step(self) -> bool:
         """What was marked, as long as neither the block nor the step goes on."""
-        frame, iteration = self._in_step
-        return frame is not None and bool(self.frames) and frame is self.frames[-1] and iteration is self.iteration
-
-    def leave_iteration(self) -> None:
-        self.place = None
-        self.order = START
+        current, iteration = self._in_step
+        frame = self.frames[-1] if self.frames and iteration is self.iteration else None
+        return isinstance(frame, IterationsFrame) and frame.current is current
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
@@ -299,37 +241,16 @@ class Group:
         return None
 
 
-def key_of(request: EngineRequest) -> tuple[object, ...] | None:
-    """A request's key, as `Group.key`; None where it can't be in a group."""
-    if any(not isinstance(frame, IterationsFrame) for frame in request.frames):
-        return None
-    if request.program.keeps_together:
-        return None
-    lag = request.wait.iteration - request.iteration
-    return (id(request.program), request.pc, len(request.frames), lag, request.wait.site, request.number)
+def _blocks(cursor: Cursor) -> list[IterationsFrame]:
+    """Its frames where it isn't in a loop."""
+    assert all(isinstance(frame, IterationsFrame) for frame in cursor.frames)
+    return [frame for frame in cursor.frames if isinstance(frame, IterationsFrame)]
 
 
-def _depths(request: EngineRequest) -> range:
-    return range(len(request.frames))
-
-
-def _iterations(frames: list[Any]) -> GroupIterations:
-    return GroupIterations(
-        as_ints([frame.upcoming for frame in frames]),
-        as_ints([frame.stop for frame in frames]),
-        as_ints([frame.step for frame in frames]),
-        as_ints([frame.current for frame in frames]),
-    )
-
-
-def _joined_frames(frames: list[Frame]) -> GroupIterations:
-    found = [frame for frame in frames if isinstance(frame, GroupIterations)]
-    return GroupIterations(
-        np.concatenate([frame.upcoming for frame in found]),
-        np.concatenate([frame.stop for frame in found]),
-        np.concatenate([frame.step for frame in found]),
-        np.concatenate([frame.current for frame in found]),
-    )
+def _joined_frames(cursors: Sequence[Cursor], join: Callable[[Any], Ints]) -> list[Frame]:
+    """Those of each depth as one."""
+    depths = zip(*[_blocks(cursor) for cursor in cursors], strict=True)
+    return [IterationsFrame(*map(join, zip(*[frame.numbers for frame in frames], strict=True))) for frames in depths]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,43 +1,26 @@
-"""A group's members, one by one where they differ: what a value is for each, who failed, whose time and memory are used up."""
+"""A group's members, one by one where they differ: what a value is for each, who failed, and whose time is up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from time import perf_counter
 from typing import Any
 
-from nnsight_vllm.errors import InterventionError
-from nnsight_vllm.graph.nodes import (
-    Arg,
-    List,
-    Ref,
-    Slice,
-    Tuple,
-)
-from nnsight_vllm.plan.program import SAMPLES
+from nnsight_vllm.graph.nodes import Arg, List, Ref, Slice, Tuple
+from nnsight_vllm.wire.limits import Limits
 from nnsight_vllm.worker.batch.group import Group
-from nnsight_vllm.worker.batch.interpreter import Interpreter
-from nnsight_vllm.worker.lanes.lanes import (
-    Each,
-    Items,
-    Lane,
-    Rows,
-    Shared,
-)
+from nnsight_vllm.worker.lanes.lanes import Items, Lane, Shared
 from nnsight_vllm.worker.ops.operations import evaluate
-from nnsight_vllm.worker.ops.usage import bytes_of, over_time
+from nnsight_vllm.worker.ops.usage import Clock, over_time
 
 
 class Members:
-    """What all parts of a group's run need of its members. `alone` runs what has to be run request by request."""
+    """What all parts of a group's run need of its members."""
 
-    def __init__(self, orders: Mapping[str, int], alone: Interpreter) -> None:
+    def __init__(self, orders: Mapping[str, int], clock: Clock, limits: Limits) -> None:
         self._orders = orders
-        self._alone = alone
-        self._limits = alone.limits
-        self._began = 0.0  # since when the group's time isn't counted; 0: the clock doesn't run
-        self._charged = 0.0  # seconds since then that single members were charged with
+        self._clock = clock
+        self._limits = limits
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -47,7 +30,7 @@ class Members:
             case Ref():
                 return group.parameter(arg.id) if arg.id < 0 else group.env[arg.id]
             case List() | Tuple() | Slice():
-                return Items([self.own(group, arg, i) for i in range(len(group))])
+                return Items([self.own(group, arg, i) for i in range(group.size)])
             case _:
                 return Shared(evaluate(arg, {}))
 
@@ -56,6 +39,10 @@ class Members:
         return evaluate(arg, _Env(group, i))
 
     # -- failures -----------------------------------------------------------------------------------------------------
+
+    def each(self, group: Group, work: Callable[[int], Any]) -> list[Any]:
+        """Something for each member by its number; None for those that failed."""
+        return [self.guard(group, i, partial(work, i)) for i in range(group.size)]
 
     def guard(self, group: Group, i: int, work: Callable[[], Any]) -> Any:
         """One member's own work; its failure is nobody else's."""
@@ -69,66 +56,30 @@ class Members:
 
     def blame(self, group: Group, i: int, error: BaseException) -> None:
         """A member failed; the others go on."""
+        if i in group.dead:
+            return
+        group.dead.add(i)
+        group.is_over = len(group.dead) == group.size or group.is_over
         member = group.members[i]
-        if i not in group.dead:
-            group.dead.add(i)
-            member.node = group.node
-            member.fail(error, group.order >= self._orders[SAMPLES])
+        member.node = group.node
+        member.fail(error, group.keeps_token(self._orders))
 
     def fail_all(self, group: Group, error: BaseException) -> None:
         for i, member in enumerate(group.members):
-            if member.is_running:
+            if not member.is_over:
                 self.blame(group, i, error)
 
-    # -- limits ------------------------------------------------------------------------------------------------------
+    # -- time ---------------------------------------------------------------------------------------------------------
 
-    def start_clock(self, group: Group) -> float:
-        """The group starts to run. Returns when its time for this step is up, on `perf_counter`."""
-        self._began, self._charged = perf_counter(), 0.0
-        return self._began + self._limits.seconds - group.spent.at(self._alone.step).seconds
-
-    def stop_clock(self, group: Group) -> None:
-        self.clock(group)
-        self._began = 0.0
-
-    def clock(self, group: Group) -> None:
-        """Charge the members with the time that they used together, in equal parts."""
-        if not self._began:
-            return
-        now = perf_counter()
-        group.spent.at(self._alone.step).seconds += (now - self._began - self._charged) / len(group)
-        self._began, self._charged = now, 0.0
-
-    def check_time(self, group: Group) -> None:
-        self.clock(group)
-        for i in range(len(group)):
-            self.guard(group, i, partial(self.charge, group, i, 0.0))
+    def lap(self, group: Group) -> None:
+        """Charge the members with the time that they used together."""
+        self._clock.lap(group.spent, group.size)
 
     def charge(self, group: Group, i: int, seconds: float) -> None:
         """Charge one member with time of its own. Raises where its time is up."""
-        own = group.members[i].spent.at(self._alone.step)
-        own.seconds += seconds
-        self._charged += seconds
-        if own.seconds + group.spent.seconds > self._limits.seconds:
-            raise over_time(own.seconds + group.spent.seconds, self._limits)
-
-    def made(self, group: Group, lane: Lane) -> None:
-        """Something was made; if it's time to look what everybody holds, who holds too much fails."""
-        match lane:
-            case Each() | Rows():
-                num_bytes = lane.tensor.nbytes
-            case Items():
-                num_bytes = sum(bytes_of(value) for value in lane.values)
-            case _:
-                num_bytes = 0
-        holdings = self._alone.holdings
-        if not holdings.made(num_bytes):
-            return
-        for i in sorted(range(len(group)), key=lambda i: -group.members[i].spent.held):
-            held = group.members[i].spent.held
-            if excess := holdings.excess(held):
-                self.blame(group, i, InterventionError(excess))
-                holdings.in_all -= held
+        used = self._clock.charge(group.members[i].spent, seconds) + group.spent.seconds
+        if used > self._limits.seconds:
+            raise over_time(used, self._limits)
 
 
 class _Env(dict[int, Any]):

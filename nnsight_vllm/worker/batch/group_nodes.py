@@ -39,8 +39,8 @@ from nnsight_vllm.plan.rows import Kind, rule_of
 from nnsight_vllm.worker.batch.changes import by_kernel, dtype_of, fitted, in_place, spread_value
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_members import Members
-from nnsight_vllm.worker.batch.interpreter import Interpreter, ModuleCalls
 from nnsight_vllm.worker.batch.places import fit, refuse_floats
+from nnsight_vllm.worker.batch.request_nodes import RequestNodes
 from nnsight_vllm.worker.lanes import algebra
 from nnsight_vllm.worker.lanes.algebra import Uncovered
 from nnsight_vllm.worker.lanes.lanes import (
@@ -59,7 +59,7 @@ from nnsight_vllm.worker.lanes.lanes import (
 )
 from nnsight_vllm.worker.ops.containers import printed
 from nnsight_vllm.worker.ops.operations import FACTORIES
-from nnsight_vllm.worker.results.outbox import frozen_copy
+from nnsight_vllm.worker.results.outbox import Outbox, frozen_copy
 
 _FULL = Slice()
 
@@ -76,13 +76,11 @@ class Counts:
 class GroupNodes:
     """`alone` runs what has to be run request by request."""
 
-    def __init__(self, members: Members, calls: ModuleCalls, alone: Interpreter) -> None:
+    def __init__(self, members: Members, alone: RequestNodes) -> None:
         self._members = members
-        self._calls = calls
         self._alone = alone
-        self._limits = alone.limits
         self.counts = Counts()
-        self._methods: dict[type, Callable[[Group, Any], Lane | None]] = {
+        self.methods: dict[type, Callable[[Group, Any], Lane | None]] = {
             Read: self.read,
             Write: self.write,
             Op: self.op,
@@ -94,10 +92,6 @@ class GroupNodes:
             Import: self.import_,
         }
 
-    def run(self, group: Group, node: Any) -> Lane | None:
-        """The node's values, if it has any."""
-        return self._methods[type(node)](group, node)
-
     def read(self, group: Group, node: Read) -> Lane:
         assert group.place is not None
         return View(group.place.current)
@@ -106,7 +100,7 @@ class GroupNodes:
         lane = group.parameter(int(node.digest))
         if node.id not in group.program.copied:
             return lane
-        return Items([lane.of(i).clone() for i in range(len(group))])
+        return Items([lane.of(i).clone() for i in range(group.size)])
 
     def write(self, group: Group, node: Write) -> None:
         place = group.place
@@ -121,14 +115,9 @@ class GroupNodes:
             self._count(group, "write", True)
         except Exception:
             self._count(group, "write", False)
-            for i in range(len(group)):
-                rows = place.ragged.slice_of(i)
-                new[rows] = work[rows]
-                self._members.guard(
-                    group,
-                    i,
-                    lambda i=i, rows=rows: new[rows].copy_(fit(place.name, lane.of(i), work[rows])),  # type: ignore[misc]
-                )
+            new.copy_(work)
+            rows = place.ragged.slice_of
+            self._members.each(group, lambda i: new[rows(i)].copy_(fit(place.name, lane.of(i), work[rows(i)])))
         place.assign(new)
 
     def call(self, group: Group, node: Call) -> Lane:
@@ -136,16 +125,13 @@ class GroupNodes:
         lane = resolved(lanes[0]) if len(lanes) == 1 else None
         if isinstance(lane, Rows | Each) and lane.tensor.ndim > 1:
             try:
-                result = self._calls.call(node.module, [lane.tensor])
+                result = self._alone.calls.call(node.module, [lane.tensor])
                 self._count(group, "call", True)
                 return Rows(result, lane.ragged) if isinstance(lane, Rows) else Each(result)
             except Exception:  # some request's value: find out whose
                 self._count(group, f"call {node.module}", False)
         return Items(
-            [
-                self._members.guard(group, i, lambda i=i: self._calls.call(node.module, [lane.of(i) for lane in lanes]))  # type: ignore[misc]
-                for i in range(len(group))
-            ]
+            self._members.each(group, lambda i: self._alone.calls.call(node.module, [lane.of(i) for lane in lanes]))
         )
 
     def save(self, group: Group, node: Save) -> None:
@@ -157,49 +143,41 @@ class GroupNodes:
 
     def export(self, group: Group, node: Export) -> None:
         lane = self._members.lane(group, node.value)
-        for i, member in enumerate(group.members):
-            self._members.guard(group, i, lambda i=i, member=member: self._alone.keep(member, node, lane.of(i)))  # type: ignore[misc]
+        self._members.each(group, lambda i: self._alone.keep(group.members[i], node, lane.of(i)))
 
     def import_(self, group: Group, node: Import) -> Lane:
-        values = [
-            self._members.guard(group, i, partial(self._alone.draw, member, node))
-            for i, member in enumerate(group.members)
-        ]
+        values = self._members.each(group, lambda i: self._alone.draw(group.members[i], node))
         if node.id in group.program.copied:
             return Items([frozen_copy(value) for value in values])
         return constant_of(values)
 
     def log(self, group: Group, node: Log) -> None:
         lanes = [self._members.lane(group, arg) for arg in node.args]
-        for i, member in enumerate(group.members):
-            self._members.guard(
-                group,
-                i,
-                lambda i=i, to=member.outbox: to.log(" ".join(printed(lane.of(i)) for lane in lanes)),  # type: ignore[misc]
-            )
+        self._members.each(
+            group, lambda i: group.members[i].outbox.log(" ".join(printed(lane.of(i)) for lane in lanes))
+        )
 
     def _send(self, group: Group, name: str, lane: Lane, append: bool) -> None:
         lane = stacked(lane.values) or lane if isinstance(lane, Items) else lane
         is_one = not group.dead and isinstance(lane, Rows | Each | View | Several | Shared)
         if is_one and group.sheet.take(name, lane, append):
             self._count(group, "save", True)
-            if excess := self._limits.excess(0, 0, group.sheet.num_bytes):
+            if excess := self._alone.limits.excess(0, 0, group.sheet.num_bytes):
                 self._members.fail_all(group, InterventionError(excess))
             return
         self._count(group, "save", False)
         group.sheet.spill([member.outbox for member in group.members], name)
         group.sheet.by_request.add(name)
-        for i, member in enumerate(group.members):
-            send = member.outbox.append if append else member.outbox.save
-            self._members.guard(group, i, lambda i=i, send=send: send(name, lane.of(i)))  # type: ignore[misc]
+        send = Outbox.append if append else Outbox.save
+        self._members.each(group, lambda i: send(group.members[i].outbox, name, lane.of(i)))
 
-    def op(self, group: Group, node: Op) -> Lane | None:
+    def op(self, group: Group, node: Op) -> Lane:
         if node.name == "py.append":
             target = node.args[0]
             stream = group.program.streams.get(target.id) if isinstance(target, Ref) else None
             if stream is not None:
                 self._send(group, stream, self._members.lane(group, node.args[1]), append=True)
-                return None
+                return Shared(None)
         try:
             if node.name in RANDOM or node.name in FACTORIES or node.name in MAY_CHANGE or "out" in node.kwargs:
                 raise Uncovered
@@ -231,7 +209,7 @@ class GroupNodes:
         if node.name in {"tensor.to", "tensor.contiguous", "tensor.detach"} and group.program.changes_values:
             raise Uncovered  # it may give the value itself
         if rule.kind is Kind.POINTWISE:
-            args = _spread_shared(args, len(group))
+            args = _spread_shared(args, group.size)
         return algebra.compute(rule, node.name, operation, args, kwargs)
 
     def _index(self, group: Group, node: Op) -> Lane:
@@ -345,30 +323,28 @@ class GroupNodes:
         part = algebra.part(target, key, True)
         in_place("tensor.copy_", torch.Tensor.copy_, part, [value], {})
 
-    def _one_by_one(self, group: Group, node: Op) -> Lane | None:
+    def _one_by_one(self, group: Group, node: Op) -> Lane:
         """Every request by itself, on its own part of the same memory."""
-        results: list[Any] = []
-        last = perf_counter()
-        for i, member in enumerate(group.members):
-            member.place = None if group.place is None else group.place.share(i)
-            results.append(self._members.guard(group, i, partial(self._alone_op, group, node, i)))
-            member.place = None
-            now = perf_counter()
-            self._members.guard(group, i, partial(self._members.charge, group, i, now - last))
-            last = now
-        return lane_of(results)
+        return lane_of(self._members.each(group, lambda i: self._alone_op(group, node, i)))
 
     def _alone_op(self, group: Group, node: Op, i: int) -> Any:
-        args = [self._members.own(group, arg, i) for arg in node.args]
-        kwargs = {key: self._members.own(group, value, i) for key, value in node.kwargs.items()}
-        return self._alone.perform(group.members[i], node, args, kwargs)
+        member, began = group.members[i], perf_counter()
+        member.place = None if group.place is None else group.place.share(i)
+        try:
+            args = [self._members.own(group, arg, i) for arg in node.args]
+            kwargs = {key: self._members.own(group, value, i) for key, value in node.kwargs.items()}
+            result = self._alone.perform(member, node, args, kwargs)
+        finally:
+            member.place = None
+        self._members.charge(group, i, perf_counter() - began)
+        return result
 
     def _count(self, group: Group, name: str, is_batched: bool) -> None:
         if is_batched:
-            self.counts.batched += len(group)
+            self.counts.batched += group.size
         else:
-            self.counts.one_by_one += len(group)
-            self.counts.prevented[name] += len(group)
+            self.counts.one_by_one += group.size
+            self.counts.prevented[name] += group.size
 
 
 def _spread_shared(args: list[Lane], num: int) -> list[Lane]:

@@ -36,7 +36,7 @@ class PrefillChunk(EngineRequest):
 
     def fail(self, error: BaseException, keep_token: bool) -> None:
         super().fail(error, keep_token)
-        if self.owner.is_running:
+        if not self.owner.is_over:
             self.owner.node = self.node
             self.owner.fail(error, keep_token=False)
 
@@ -80,7 +80,7 @@ class Prefill:
         for chunk in self.pieces:
             request = chunk.owner
             chunk.leave_iteration()
-            if request.progress is None or not request.is_running:
+            if request.progress is None or request.is_over:
                 continue
             for key, rows in chunk.outbox.values().items():
                 self.num_held += request.progress.hold(key, rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from nnsight_vllm.errors import PreemptedError
 from nnsight_vllm.wire.step_output import RELEASED, Ints, Messages
 from nnsight_vllm.worker.batch.executor import Executor
-from nnsight_vllm.worker.batch.requests import Step
+from nnsight_vllm.worker.batch.step import Step
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP
 from nnsight_vllm.worker.seam.kv_scrubbing import KVScrubber, clear_blocks

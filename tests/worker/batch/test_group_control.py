@@ -12,7 +12,6 @@ from toy import Toy
 from nnsight_vllm.graph.codec import encode
 from nnsight_vllm.graph.nodes import Block, Graph, Iterations
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.requests import Status
 from nnsight_vllm.worker.ops.operations import OPERATIONS
 
 plans = st.builds(
@@ -148,7 +147,7 @@ def test_an_interrupt_inside_of_a_group_is_raised_when_the_step_is_over(monkeypa
     toy.add("c", encode(Graph(Block([Iterations(1, 0, None, 1, 2, Block(plain.nodes))]))))
     with pytest.raises(KeyboardInterrupt):
         toy.step(a=(2, 0), b=(2, 0), c=(2, 0))
-    assert [request.status for request in toy.executor.requests.values()] == [Status.FAILED] * 2 + [Status.RUNNING]
+    assert [(r.has_failed, r.is_over) for r in toy.executor.requests.values()] == [(True, True)] * 2 + [(False, False)]
     toy.executor.drop(["a", "b"])
     toy.step(c=(1, 2))
     assert toy.saved["c"]["last"]

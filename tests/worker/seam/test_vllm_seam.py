@@ -75,11 +75,11 @@ def test_an_evicted_request_that_comes_back_as_a_new_one_fails_and_is_known_mean
     seam.executor = toy.executor
     runner.raw.execute_model(scheduled(new=("r",)))
     request = toy.executor.requests["r"]
-    assert request.is_running and seam.has_graphs
+    assert not request.is_over and seam.has_graphs
     runner.raw.execute_model(scheduled(evicted=("r",)))
     assert seam.known_requests == {"r"} and not seam.has_graphs
     runner.raw.execute_model(scheduled(new=("r",)))
-    assert toy.executor.requests["r"] is request and not request.is_running
+    assert toy.executor.requests["r"] is request and request.is_over
     assert seam.known_requests == set()  # by the runner alone from now on, and this one knows nobody
 
 

@@ -1,49 +1,29 @@
-"""Runs one request's program, instruction by instruction, until it waits or is over.
+"""Runs the nodes of a request that runs by itself; one method a node kind.
 
-One method an instruction kind. A method returns False where the program has to wait; anything it raises is the
-request's failure, which the executor records.
+What a method raises is the request's failure, which the executor records.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nnsight_vllm.errors import InterventionError, OutOfOrderError
 from nnsight_vllm.graph.nodes import Arg, Call, Const, Export, Import, Log, Op, Read, Ref, Save, Write
 from nnsight_vllm.graph.ops import RANDOM, is_inplace
 from nnsight_vllm.plan.edits import ADDS
-from nnsight_vllm.plan.instructions import (
-    At,
-    Branch,
-    End,
-    Free,
-    Halt,
-    IterBegin,
-    IterNext,
-    Jump,
-    LoopBegin,
-    LoopNext,
-    Move,
-    Run,
-)
-from nnsight_vllm.plan.program import SAMPLES
 from nnsight_vllm.wire.limits import Limits
 from nnsight_vllm.worker.batch.places import RequestPlace
-from nnsight_vllm.worker.batch.requests import EngineRequest, IterationsFrame, LoopFrame, Wait
+from nnsight_vllm.worker.batch.requests import EngineRequest
 from nnsight_vllm.worker.ops.containers import check_container, printed
 from nnsight_vllm.worker.ops.guard import Guard
 from nnsight_vllm.worker.ops.operations import FACTORIES, OPERATIONS, evaluate
-from nnsight_vllm.worker.ops.usage import Holdings, bytes_of, over_time
 from nnsight_vllm.worker.results.exports import Exports
 from nnsight_vllm.worker.results.outbox import frozen_copy
 
-END = 2**31
 _FILLS = {"py.append", "py.extend", "py.insert", "py.update", "py.list", "py.dict", "py.tuple"}
 
 
@@ -53,45 +33,16 @@ class ModuleCalls(Protocol):
     def call(self, module_path: str, args: list[Any]) -> Tensor: ...
 
 
-class Interpreter:
-    """`orders`: site name -> its place in the model's firing order. `exports`: what requests hand to each other.
+class RequestNodes:
+    """`exports`: what requests hand to each other. `methods`: by node kind."""
 
-    `holdings`: the memory of all requests' values. `step` is the number of the step that runs.
-    """
-
-    def __init__(
-        self,
-        orders: Mapping[str, int],
-        calls: ModuleCalls,
-        device: torch.device,
-        exports: Exports,
-        limits: Limits,
-        holdings: Holdings,
-    ) -> None:
-        self._orders = orders
-        self._exports = exports
-        self._calls = calls
+    def __init__(self, calls: ModuleCalls, device: torch.device, exports: Exports, limits: Limits) -> None:
+        self.calls = calls
         self.device = device
         self.limits = limits
-        self.holdings = holdings
         self.guard = Guard(limits)
-        self.step = 0
-        self.num_run = 0  # nodes
-        self._methods: dict[type, Callable[[EngineRequest, Any], bool]] = {
-            At: self.at,
-            Run: self.run_node,
-            Halt: self.halt,
-            Branch: self.branch,
-            Jump: self.jump,
-            Move: self.move,
-            LoopBegin: self.loop_begin,
-            LoopNext: self.loop_next,
-            IterBegin: self.iter_begin,
-            IterNext: self.iter_next,
-            Free: self.free,
-            End: self.end,
-        }
-        self._nodes: dict[type, Callable[[EngineRequest, Any], Any]] = {
+        self._exports = exports
+        self.methods: Mapping[type, Callable[[EngineRequest, Any], Any]] = {
             Read: self.read,
             Write: self.write,
             Op: self.op,
@@ -102,119 +53,6 @@ class Interpreter:
             Export: self.export,
             Import: self.import_,
         }
-
-    def run(self, request: EngineRequest) -> None:
-        """Go on until the program waits (`request.wait`) or is over. Raises what its time being up raises."""
-        spent, began = request.spent.at(self.step), perf_counter()
-        until, waits = began + self.limits.seconds - spent.seconds, False
-        try:
-            while request.is_running and not waits:
-                instruction = request.program.code[request.pc]
-                request.pc += 1
-                waits = not self._methods[type(instruction)](request, instruction)
-                if perf_counter() > until and request.is_running:
-                    raise over_time(perf_counter() - until + self.limits.seconds, self.limits)
-        finally:
-            spent.seconds += perf_counter() - began
-            request.pc -= waits
-
-    def keeps_token(self, request: EngineRequest) -> bool:
-        """Whether this iteration's token was drawn and seen before the program got here."""
-        return request.order >= self._orders[SAMPLES]
-
-    def at(self, request: EngineRequest, at: At) -> bool:
-        iteration = request.absolute(at.iteration)
-        if at.site is None:
-            request.wait = Wait(None, iteration)
-            return request.iteration >= iteration
-        if request.iteration == iteration and request.place is not None and request.place.name == at.site:
-            return True
-        self._check_ahead(request, at.site, iteration)
-        request.wait = Wait(at.site, iteration)
-        return False
-
-    def run_node(self, request: EngineRequest, run: Run) -> bool:
-        node = run.node
-        request.node = node.id
-        self.num_run += 1
-        result = self._nodes[type(node)](request, node)
-        if not isinstance(node, Write | Save | Log | Export):
-            request.env[node.id] = result
-            if self.holdings.made(bytes_of(result)):
-                self._check_held(request)
-        _free(request, run.free)
-        return True
-
-    def _check_held(self, request: EngineRequest) -> None:
-        if excess := self.holdings.excess(request.spent.held):
-            raise InterventionError(excess)
-
-    def halt(self, request: EngineRequest, halt: Halt) -> bool:
-        request.stop(self.keeps_token(request))
-        return True
-
-    def branch(self, request: EngineRequest, branch: Branch) -> bool:
-        request.node = branch.node
-        if not evaluate(branch.test, request.env):
-            request.pc = branch.target
-        return True
-
-    def jump(self, request: EngineRequest, jump: Jump) -> bool:
-        request.pc = jump.target
-        return True
-
-    def move(self, request: EngineRequest, move: Move) -> bool:
-        values = [evaluate(value, request.env) for value in move.values]
-        request.env.update(zip(move.ids, values, strict=True))
-        _free(request, move.free)
-        return True
-
-    def loop_begin(self, request: EngineRequest, begin: LoopBegin) -> bool:
-        request.node = begin.node
-        request.frames.append(LoopFrame(self.items_of(evaluate(begin.over, request.env))))
-        return True
-
-    def items_of(self, over: Any) -> list[Any]:
-        """What a loop goes over. Raises where that's more than the trips it may make."""
-        num = over.shape[0] if isinstance(over, Tensor) and over.ndim else len(over)
-        if num > self.limits.trips:
-            raise InterventionError(f"a loop over {num} items; the limit `trips` is {self.limits.trips}")
-        return list(over)
-
-    def loop_next(self, request: EngineRequest, step: LoopNext) -> bool:
-        frame = request.frames[-1]
-        assert isinstance(frame, LoopFrame)
-        if frame.position < len(frame.items):
-            request.spent.at(self.step).trip(self.limits)
-            request.env[step.item] = frame.items[frame.position]
-            frame.position += 1
-            return True
-        request.frames.pop()
-        request.pc = step.exit
-        return True
-
-    def iter_begin(self, request: EngineRequest, begin: IterBegin) -> bool:
-        start, stop, step = (evaluate(bound, request.env) for bound in (begin.start, begin.stop, begin.step))
-        request.frames.append(IterationsFrame(start, END if stop is None else stop, step))
-        return True
-
-    def iter_next(self, request: EngineRequest, step: IterNext) -> bool:
-        frame = request.frames[-1]
-        assert isinstance(frame, IterationsFrame)
-        if frame.advance():
-            request.env[step.index] = frame.current
-            return True
-        request.frames.pop()
-        request.pc = step.exit
-        return True
-
-    def free(self, request: EngineRequest, free: Free) -> bool:
-        _free(request, free.ids)
-        return True
-
-    def end(self, request: EngineRequest, end: End) -> bool:
-        request.end()
-        return True
 
     def read(self, request: EngineRequest, node: Read) -> Tensor:
         return request.place_at(node.site).work
@@ -227,7 +65,7 @@ class Interpreter:
         return tensor.clone() if node.id in request.program.copied else tensor
 
     def call(self, request: EngineRequest, node: Call) -> Tensor:
-        return self._calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
+        return self.calls.call(node.module, [evaluate(arg, request.env) for arg in node.args])
 
     def save(self, request: EngineRequest, node: Save) -> None:
         if isinstance(node.value, Ref) and node.value.id in request.program.streams:
@@ -303,11 +141,6 @@ class Interpreter:
             torch.manual_seed(request.draw_seed())
             return OPERATIONS[name](*args, **kwargs)
 
-    def _check_ahead(self, request: EngineRequest, site: str, iteration: int) -> None:
-        here = (request.iteration, request.order)
-        if (iteration, self._orders[site]) <= here:
-            raise OutOfOrderError(f"{site} at iteration {iteration} has passed: the request is at iteration {here[0]}")
-
 
 def _settled_arg(arg: Arg, value: Any, place: RequestPlace) -> Any:
     """A value as a container takes it. A list or dict that exists already keeps its identity."""
@@ -348,8 +181,3 @@ def _stream(request: EngineRequest, node: Op) -> str | None:
     """The name under which an append goes home at once."""
     target = node.args[0] if node.name == "py.append" else None
     return request.program.streams.get(target.id) if isinstance(target, Ref) else None
-
-
-def _free(request: EngineRequest, ids: tuple[int, ...]) -> None:
-    for id in ids:
-        request.env.pop(id, None)
