@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from nnsight_vllm.client.trace_codec import decode_outcomes
 from nnsight_vllm.client.admission import admitted_prompt, sampling_arguments
+from nnsight_vllm.client.trace_codec import decode_outcomes
 from nnsight_vllm.errors import ConnectionFailed, EngineSettingError
 from nnsight_vllm.graph.codec import decode, to_json
 from nnsight_vllm.graph.nodes import VERSION

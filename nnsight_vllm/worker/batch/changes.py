@@ -15,14 +15,14 @@ from nnsight_vllm.kernels.table import DTYPES
 from nnsight_vllm.plan.edits import PREFIX
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.tables import TableLines
-from nnsight_vllm.worker.lanes import algebra
-from nnsight_vllm.worker.lanes.algebra import Uncovered
+from nnsight_vllm.worker.lanes import alignment, pointwise
+from nnsight_vllm.worker.lanes.alignment import Uncovered
 from nnsight_vllm.worker.lanes.lanes import Each, Lane, Rows, Shared, View, resolved
 
 
 def in_place(name: str, operation: Callable[..., Any], target: Lane, rest: list[Lane], kwargs: dict[str, Lane]) -> None:
     """Change a lane's tensors in place; rows that were picked are changed as a copy and put back."""
-    _on_part(target, lambda part: algebra.change(name, operation, part, rest, kwargs))
+    _on_part(target, lambda part: pointwise.change(name, operation, part, rest, kwargs))
 
 
 def _on_part(target: Lane, change: Callable[[Lane], None]) -> None:
@@ -72,7 +72,7 @@ def fitted(site: str, lane: Lane, rows: Each | Rows, work: Tensor) -> Tensor:
     """A value for a whole site, broadcast to [all rows, ...]."""
     if isinstance(lane, Shared) and not isinstance(lane.value, Tensor | int | float):
         raise InterventionError(f"{site} takes a tensor or a number")
-    values = algebra.aligned([rows, lane])
+    values = alignment.aligned([rows, lane])
     value = values[1]
     return value.expand(work.shape) if isinstance(value, Tensor) else torch.as_tensor(value).expand(work.shape)
 
@@ -85,7 +85,7 @@ def spread_value(lane: Lane, ragged: Any, rank: int, dtype: torch.dtype) -> Any:
     lane = resolved(lane)
     match lane:
         case Each():
-            return algebra.spread(lane.tensor, ragged, rank).to(dtype)
+            return alignment.spread(lane.tensor, ragged, rank).to(dtype)
         case Rows() if lane.tensor.ndim == rank and lane.ragged.fits(ragged):
             return lane.tensor.to(dtype)
         case Shared(value=bool() | int() | float()):

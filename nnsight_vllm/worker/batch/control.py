@@ -150,7 +150,7 @@ class Control(Generic[C]):
             cursor.env.pop(id, None)
 
     def halt(self, cursor: C, halt: Halt) -> None:
-        cursor.stop(cursor.keeps_token(self._orders))
+        cursor.stop(cursor.has_token)
 
     def branch(self, cursor: C, branch: Branch) -> None:
         cursor.node = branch.node

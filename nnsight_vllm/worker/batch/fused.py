@@ -20,7 +20,7 @@ from nnsight_vllm.kernels.dispatch import added, edit
 from nnsight_vllm.kernels.table import DTYPES, Table
 from nnsight_vllm.plan.fused import FusedSite
 from nnsight_vllm.wire.step_output import Ints
-from nnsight_vllm.worker.batch.group import Group
+from nnsight_vllm.worker.batch.group import Group, Unit
 from nnsight_vllm.worker.batch.group_place import Layout
 from nnsight_vllm.worker.batch.requests import EngineRequest
 from nnsight_vllm.worker.batch.step import Step
@@ -31,7 +31,6 @@ from nnsight_vllm.worker.model.taps import Tensors
 LOOK = 32
 """So many values of each request are collected before their bytes are looked at; those of the whole step are at its end."""
 
-Unit = EngineRequest | Group
 Coming = tuple[Unit, FusedSite, Layout | slice]  # who comes, to do what, with which rows
 Done = dict[int, BaseException | None]  # units by `id`, and what went wrong
 
@@ -95,7 +94,7 @@ class FusedSites:
             fused = unit.program.fused.get(unit.pc)
             if fused is None:
                 continue
-            place = _place(unit, step, at_logits)
+            place = unit.layout(step, at_logits)
             if fused.edits:
                 editing.setdefault(fused.site, []).append((unit, fused, place))
                 continue
@@ -157,12 +156,6 @@ class FusedSites:
             return not is_full and _collect_together(unit, fused, site, place, tensors)
         assert isinstance(place, slice)
         return not unit.is_over and _collect_alone(unit, fused, site, place, tensors)
-
-
-def _place(unit: Unit, step: Step, at_logits: bool) -> Layout | slice:
-    if isinstance(unit, Group):
-        return unit.layout(step, at_logits)
-    return step.rows(step.index[unit.id], at_logits)
 
 
 def _fits(unit: Unit, fused: FusedSite, info: SiteInfo) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from nnsight_vllm.wire.step_output import Ints
-from nnsight_vllm.worker.batch.cursor import Cursor, Frame, IterationsFrame, LoopFrame
+from nnsight_vllm.worker.batch.cursor import BlockFrame, Cursor, IterationsFrame, LoopFrame
 from nnsight_vllm.worker.batch.group_place import GroupPlace, Layout
 from nnsight_vllm.worker.batch.requests import EngineRequest
 from nnsight_vllm.worker.batch.step import Step
@@ -33,6 +33,8 @@ from nnsight_vllm.worker.lanes.lanes import (
     joined,
     lane_of,
 )
+from nnsight_vllm.worker.model.sites import Site
+from nnsight_vllm.worker.model.taps import Tensors
 from nnsight_vllm.worker.ops.usage import Spent, bytes_each
 from nnsight_vllm.worker.results.batched_saves import BatchedSaves
 
@@ -46,8 +48,8 @@ class Group(Cursor):
     """
 
     members: list[EngineRequest]
-    iteration: Ints
-    prompt: Ints
+    iteration: Ints = field(kw_only=True)
+    prompt: Ints = field(kw_only=True)
     env: dict[int, Lane] = field(default_factory=dict, kw_only=True)
     place: GroupPlace | None = field(default=None, kw_only=True)
     dead: set[int] = field(default_factory=set)
@@ -74,7 +76,8 @@ class Group(Cursor):
         """Requests that wait at one point of one program, no loop around it, as a group."""
         first = requests[0]
         iteration = as_ints([request.iteration for request in requests])
-        group = cls(requests, iteration, as_ints([request.prompt_length for request in requests]))
+        prompt = as_ints([request.prompt_length for request in requests])
+        group = cls(requests, iteration=iteration, prompt=prompt)
         # What one has and another hasn't came from a branch that is over, and nobody reads it any more.
         ids = set(first.env).intersection(*[request.env for request in requests])
         group.env = {id: lane_of([request.env[id] for request in requests]) for id in ids if id >= 0}
@@ -88,8 +91,8 @@ class Group(Cursor):
             group.spill()
         merged = cls(
             [member for group in groups for member in group.members],
-            np.concatenate([group.iteration for group in groups]),
-            np.concatenate([group.prompt for group in groups]),
+            iteration=np.concatenate([group.iteration for group in groups]),
+            prompt=np.concatenate([group.prompt for group in groups]),
         )
         ids = set(first.env).intersection(*[group.env for group in groups])
         merged.env = {id: joined([group.env[id] for group in groups], sizes) for id in ids}
@@ -99,22 +102,23 @@ class Group(Cursor):
         """Some members as a group of their own, at the same point."""
         self.spill()
         at = list(keep)
-        part = Group([self.members[i] for i in at], self.iteration[at], self.prompt[at], spent=replace(self.spent))
+        part = Group([self.members[i] for i in at], iteration=self.iteration[at], prompt=self.prompt[at])
+        part.spent = replace(self.spent)
         part.env = {id: self._selected(lane, keep) for id, lane in self.env.items()}
         return part._standing_as(self, [self._selected_frame(frame, at) for frame in self.frames])
 
-    def _standing_as(self, other: Cursor, frames: list[Frame]) -> Group:
+    def _standing_as(self, other: Cursor, frames: list[BlockFrame]) -> Group:
         """Where the other one stands."""
-        self.program, self.pc, self.order = other.program, other.pc, other.order
-        self.site, self.lag, self.frames = other.site, other.lag, frames
+        self.program, self.pc, self.site, self.lag = other.program, other.pc, other.site, other.lag
+        self.order, self.has_token, self.frames = other.order, other.has_token, frames
         return self
 
     def release(self) -> EngineRequest:
         """The only member, on its own again."""
         (request,) = self.members
         self.spill()
-        request.pc, request.order, request.iteration = self.pc, self.order, int(self.iteration[0])
-        request.site, request.lag = self.site, self.lag
+        request.pc, request.site, request.lag = self.pc, self.site, self.lag
+        request.order, request.has_token, request.iteration = self.order, self.has_token, int(self.iteration[0])
         request.env.update({id: lane.of(0) for id, lane in self.env.items()})
         request.frames = [IterationsFrame(*(int(own[0]) for own in frame.numbers)) for frame in _blocks(self)]
         return request
@@ -124,7 +128,7 @@ class Group(Cursor):
             return Items([lane.of(i) for i in keep])  # views of one memory stay views of it
         return lane.select(keep)
 
-    def _selected_frame(self, frame: Frame, keep: list[int]) -> Frame:
+    def _selected_frame(self, frame: BlockFrame, keep: list[int]) -> BlockFrame:
         if isinstance(frame, IterationsFrame):
             return IterationsFrame(*(own[keep] for own in frame.numbers))
         return LoopFrame([self._selected(lane, keep) for lane in frame.items], frame.position)
@@ -150,7 +154,6 @@ class Group(Cursor):
         self.sheet.spill([member.outbox for member in self.members])
 
     def held(self) -> list[tuple[Spent, int]]:
-        """Bytes of each member's values, of which constants aren't."""
         known = [value for member in self.members for value in member.parameters.values()]
         lanes = [lane for id, lane in self.env.items() if id >= 0]
         lanes += [lane for frame in self.frames if isinstance(frame, LoopFrame) for lane in frame.items]
@@ -169,7 +172,33 @@ class Group(Cursor):
                 member.stop(keep_token)
         self.is_over = True
 
+    def blame(self, i: int, error: BaseException) -> None:
+        """A member failed; the others go on."""
+        if i in self.dead:
+            return
+        self.dead.add(i)
+        self.is_over = len(self.dead) == self.size or self.is_over
+        self.members[i].node = self.node
+        self.members[i].fail(error, self.has_token)
+
+    def fail(self, error: BaseException) -> None:
+        for i, member in enumerate(self.members):
+            if not member.is_over:
+                self.blame(i, error)
+
+    def remaining(self) -> Group | None:
+        keep = [i for i, member in enumerate(self.members) if not member.is_over]
+        if len(keep) == self.size:
+            return self
+        if keep:
+            return self.select(keep)
+        self.spill()
+        return None
+
     # -- steps -------------------------------------------------------------------------------------------------------
+
+    def arrive(self, site: Site, tensors: Tensors, step: Step, at_logits: bool) -> None:
+        self.place = GroupPlace(site.info.name, site, tensors, self.layout(step, at_logits), self.blame)
 
     def locate(self, step: Step) -> Ints:
         """Each member's place in the step's batch; -1 where it has none."""
@@ -247,7 +276,7 @@ def _blocks(cursor: Cursor) -> list[IterationsFrame]:
     return [frame for frame in cursor.frames if isinstance(frame, IterationsFrame)]
 
 
-def _joined_frames(cursors: Sequence[Cursor], join: Callable[[Any], Ints]) -> list[Frame]:
+def _joined_frames(cursors: Sequence[Cursor], join: Callable[[Any], Ints]) -> list[BlockFrame]:
     """Those of each depth as one."""
     depths = zip(*[_blocks(cursor) for cursor in cursors], strict=True)
     return [IterationsFrame(*map(join, zip(*[frame.numbers for frame in frames], strict=True))) for frames in depths]
@@ -257,3 +286,6 @@ def _joined_frames(cursors: Sequence[Cursor], join: Callable[[Any], Ints]) -> li
 def single_rows(num: int) -> Ragged:
     """One row each."""
     return Ragged(np.ones(num, dtype=np.int64))
+
+
+Unit = EngineRequest | Group

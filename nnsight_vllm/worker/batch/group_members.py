@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,7 @@ from nnsight_vllm.worker.ops.usage import Clock, over_time
 class Members:
     """What all parts of a group's run need of its members."""
 
-    def __init__(self, orders: Mapping[str, int], clock: Clock, limits: Limits) -> None:
-        self._orders = orders
+    def __init__(self, clock: Clock, limits: Limits) -> None:
         self._clock = clock
         self._limits = limits
 
@@ -51,23 +50,8 @@ class Members:
         try:
             return work()
         except Exception as error:
-            self.blame(group, i, error)
+            group.blame(i, error)
             return None
-
-    def blame(self, group: Group, i: int, error: BaseException) -> None:
-        """A member failed; the others go on."""
-        if i in group.dead:
-            return
-        group.dead.add(i)
-        group.is_over = len(group.dead) == group.size or group.is_over
-        member = group.members[i]
-        member.node = group.node
-        member.fail(error, group.keeps_token(self._orders))
-
-    def fail_all(self, group: Group, error: BaseException) -> None:
-        for i, member in enumerate(group.members):
-            if not member.is_over:
-                self.blame(group, i, error)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 

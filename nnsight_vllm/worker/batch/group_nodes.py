@@ -41,8 +41,8 @@ from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_members import Members
 from nnsight_vllm.worker.batch.places import fit, refuse_floats
 from nnsight_vllm.worker.batch.request_nodes import RequestNodes
-from nnsight_vllm.worker.lanes import algebra
-from nnsight_vllm.worker.lanes.algebra import Uncovered
+from nnsight_vllm.worker.lanes import algebra, indexing, pointwise
+from nnsight_vllm.worker.lanes.alignment import Uncovered
 from nnsight_vllm.worker.lanes.lanes import (
     Each,
     Held,
@@ -106,7 +106,7 @@ class GroupNodes:
         place = group.place
         assert place is not None
         work = place.current.tensor
-        lane = algebra.numbers_of(resolved(self._members.lane(group, node.value)), work.dtype)
+        lane = pointwise.numbers_of(resolved(self._members.lane(group, node.value)), work.dtype)
         new = torch.empty_like(work)
         try:
             if place.is_integer() or not isinstance(lane, Rows | Each | Shared):
@@ -163,7 +163,7 @@ class GroupNodes:
         if is_one and group.sheet.take(name, lane, append):
             self._count(group, "save", True)
             if excess := self._alone.limits.excess(0, 0, group.sheet.num_bytes):
-                self._members.fail_all(group, InterventionError(excess))
+                group.fail(InterventionError(excess))
             return
         self._count(group, "save", False)
         group.sheet.spill([member.outbox for member in group.members], name)
@@ -219,7 +219,7 @@ class GroupNodes:
         is_kept = group.program.changes_values
         if isinstance(target, Items) and not is_kept:
             target = resolved(target)
-        return algebra.part(target, self._key(group, node.args[1]), is_kept)
+        return indexing.part(target, self._key(group, node.args[1]), is_kept)
 
     def _attribute(self, group: Group, node: Op) -> Lane:
         target, name = self._members.lane(group, node.args[0]), node.args[1]
@@ -280,10 +280,10 @@ class GroupNodes:
         place = group.place
         assert place is not None
         if place.is_integer():
-            for lane in args[2:] if node.name == "py.setitem" else args[1:]:
-                if isinstance(lane, Items):
-                    raise Uncovered
-                refuse_floats(place.name, [lane.of(0)])
+            given = args[2:] if node.name == "py.setitem" else args[1:]
+            if any(isinstance(lane, Items) for lane in given):
+                raise Uncovered
+            refuse_floats(place.name, [lane.of(0) for lane in given])
         sign = ADDS.get(node.name)
         if sign is not None and len(args) == 2 and not node.kwargs and (part := place.addend()) is not None:
             view = View(Held(part, place.ragged), target.pick, target.columns, target.own)
@@ -307,20 +307,20 @@ class GroupNodes:
 
     def _set_part(self, target: Lane, key: list[Any], value: Lane) -> None:
         rest = key[1:]
-        is_scattered = bool(rest) and algebra.is_full(key[0]) and algebra.has_tensors(rest)
+        is_scattered = bool(rest) and indexing.is_full(key[0]) and indexing.has_tensors(rest)
         if is_scattered and isinstance(target, View | Rows):
             view = target if isinstance(target, View) else View(Held(target.tensor, target.ragged))
             if view.pick is not None or view.columns:
                 raise Uncovered
             tensor, ragged = view.memory.tensor, view.memory.ragged
-            value = algebra.numbers_of(value, tensor.dtype)
-            at = algebra.column_index(rest, ragged)
+            value = pointwise.numbers_of(value, tensor.dtype)
+            at = indexing.column_index(rest, ragged)
             shape = tensor[at].shape
             tensor[at] = spread_value(value, ragged, len(shape), tensor.dtype)
             return
         if isinstance(target, View | Rows | Each):
-            value = algebra.numbers_of(value, dtype_of(target))
-        part = algebra.part(target, key, True)
+            value = pointwise.numbers_of(value, dtype_of(target))
+        part = indexing.part(target, key, True)
         in_place("tensor.copy_", torch.Tensor.copy_, part, [value], {})
 
     def _one_by_one(self, group: Group, node: Op) -> Lane:

@@ -21,9 +21,9 @@ class GroupRunner:
     def __init__(
         self, orders: Mapping[str, int], alone: RequestNodes, clock: Clock, holdings: Holdings, limits: Limits
     ) -> None:
-        self.members = Members(orders, clock, limits)
-        self.nodes = GroupNodes(self.members, alone)
-        self._values = GroupValues(self.members, self.nodes, holdings, limits)
+        members = Members(clock, limits)
+        self.nodes = GroupNodes(members, alone)
+        self._values = GroupValues(members, self.nodes, holdings, limits)
         self._control = Control(orders, self._values, clock, limits)
         self._current: Group | None = None
         self._waiting: list[Group] = []  # parts that ran
@@ -44,7 +44,7 @@ class GroupRunner:
             if part.place is not None:
                 _keep_views(part)
         except Exception as error:  # nobody's in particular: a defect of ours, or of what they all do
-            self.members.fail_all(part, error)
+            part.fail(error)
         self._settle(part)
 
     @property
@@ -56,7 +56,7 @@ class GroupRunner:
     def fail(self, error: BaseException) -> None:
         """Fail whoever took part in the run that was interrupted."""
         for part in self.running:
-            self.members.fail_all(part, error)
+            part.fail(error)
             part.settle()
 
     def _settle(self, part: Group) -> None:

@@ -88,7 +88,7 @@ class GroupValues(Values[Group]):
         for i in sorted(range(group.size), key=lambda i: -group.members[i].spent.held):
             held = group.members[i].spent.held
             if excess := self._holdings.excess(held):
-                self._members.blame(group, i, InterventionError(excess))
+                group.blame(i, InterventionError(excess))
                 self._holdings.in_all -= held
 
     def check_time(self, group: Group) -> float:
@@ -113,7 +113,7 @@ class GroupValues(Values[Group]):
             return
         part = group.select(keep)
         if group.place is not None:
-            part.place = group.place.select(keep, lambda i, error: self._members.blame(part, i, error))
+            part.place = group.place.select(keep, part.blame)
             self._keep_views(group, part, keep)
         self.found.append(part)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.codec import decode
@@ -34,7 +35,7 @@ class PrefillChunk(EngineRequest):
 
     owner: EngineRequest
 
-    def fail(self, error: BaseException, keep_token: bool) -> None:
+    def fail(self, error: BaseException, keep_token: bool | None = None) -> None:
         super().fail(error, keep_token)
         if not self.owner.is_over:
             self.owner.node = self.node
@@ -94,9 +95,8 @@ class Prefill:
             for id in ids:
                 request.parameters.pop(id, None)
                 request.env.pop(id, None)
-            for group in groups:
-                if any(member is request for member in group.members):
-                    group.forget(ids)
+            for group in (group for group in groups if any(member is request for member in group.members)):
+                group.forget(ids)
         self.joined = []
 
     def drop(self, request: EngineRequest) -> None:
@@ -134,11 +134,15 @@ class Prefill:
             id = parameter_of(number)
             if isinstance(value, Digest) and value.text in keys:
                 held.append(id)
-                rows = None if unit.progress is None else unit.progress.joined(value.text, self._device)
-                if rows is None:
-                    raise InterventionError(f"rows before position {keys[value.text]} of the prompt weren't computed")
-                unit.parameters[id] = rows
+                unit.parameters[id] = self._rows(unit, value.text, keys[value.text])
             else:
                 unit.parameters[id] = self._store.value_of(value)
         unit.env = dict(unit.parameters)
         return held
+
+    def _rows(self, unit: EngineRequest, key: str, end: int) -> Tensor:
+        """What the pieces before position `end` held under this key."""
+        rows = None if unit.progress is None else unit.progress.joined(key, self._device)
+        if rows is None:
+            raise InterventionError(f"rows before position {end} of the prompt weren't computed")
+        return rows

@@ -21,8 +21,10 @@ from nnsight_vllm.wire.extras import MAX_PROGRAMS
 from nnsight_vllm.worker.batch.cursor import START, Cursor, LoopFrame
 from nnsight_vllm.worker.batch.places import RequestPlace
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.step import Arrival
+from nnsight_vllm.worker.batch.step import Arrival, Step
 from nnsight_vllm.worker.batch.tables import TableLine, TableLines
+from nnsight_vllm.worker.model.sites import Site
+from nnsight_vllm.worker.model.taps import Tensors
 from nnsight_vllm.worker.ops.usage import Spent, Storages
 from nnsight_vllm.worker.results.outbox import Outbox, describe
 
@@ -64,7 +66,7 @@ class EngineRequest(Cursor):
     prompt_length: int
     seed: int
     place: RequestPlace | None = field(default=None, kw_only=True)
-    iteration: int = START
+    iteration: int = field(default=START, kw_only=True)
     is_failed: bool = False
     parameters: dict[int, Any] = field(default_factory=dict)
     slots: dict[int, TableLine] = field(default_factory=dict)
@@ -132,8 +134,17 @@ class EngineRequest(Cursor):
         data = hashlib.sha256(f"{seed}:{self.num_drawn}".encode()).digest()
         return int.from_bytes(data[:7], "little")
 
+    def arrive(self, site: Site, tensors: Tensors, step: Step, at_logits: bool) -> None:
+        self.place = RequestPlace(site.info.name, site, tensors, self.layout(step, at_logits))
+
+    def layout(self, step: Step, at_logits: bool) -> slice:
+        """Its rows in this step: all, or at the logits the one."""
+        return step.rows(step.index[self.id], at_logits)
+
+    def remaining(self) -> EngineRequest | None:
+        return None if self.is_over else self
+
     def held(self) -> list[tuple[Spent, int]]:
-        """Bytes of its values, of which constants aren't: the store has those, and bounds them."""
         found = Storages(self.parameters.values())
         for id, value in self.env.items():
             if id >= 0:
@@ -151,8 +162,9 @@ class EngineRequest(Cursor):
             self.outbox.stop(keep_token)
         self._end_all(has_failed=False)
 
-    def fail(self, error: BaseException, keep_token: bool) -> None:
-        """The request's own failure: nobody else hears of it."""
+    def fail(self, error: BaseException, keep_token: bool | None = None) -> None:
+        """The request's own failure: nobody else hears of it. The token drawn in this iteration is kept if it was seen."""
+        keep_token = self.has_token if keep_token is None else keep_token
         retryable = isinstance(error, InterventionError) and error.retryable
         if self.request_programs is None or not self.request_programs.is_over:
             self.failure = Failure(type(error).__name__, describe(error), self.node, retryable, self.number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from nnsight_vllm.graph.links import Links
 from nnsight_vllm.wire.step_output import Ints
 
@@ -59,3 +61,7 @@ class Step:
     def after_logits(self) -> Step:
         """The same step from where tokens are drawn: those have a row a request, drafts or not."""
         return self if self.logits is None else replace(self, logits=None)
+
+
+NO_STEP = Step.of((), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64))
+"""Between steps."""

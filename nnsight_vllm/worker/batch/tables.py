@@ -136,17 +136,15 @@ def _sizes(operation: str, line: Mapping[str, Any]) -> tuple[int | None, int | N
     size = 0
     for column in COLUMNS[operation]:
         value = line[column.name]
-        if not column.shape:
-            if type(value) not in (int, float):
-                return None
+        if not column.shape and type(value) in (int, float):
             continue
-        if not isinstance(value, Tensor) or value.ndim != len(column.shape):
+        if not column.shape or not isinstance(value, Tensor) or value.ndim != len(column.shape):
             return None
         dtypes.add(value.dtype)
         size += value.nbytes
-        for dimension, length in zip(column.shape, value.shape, strict=True):
-            if length == 0 or sizes.setdefault(dimension, length) != length:
-                return None
+        lengths = zip(column.shape, value.shape, strict=True)
+        if any(length == 0 or sizes.setdefault(dimension, length) != length for dimension, length in lengths):
+            return None
     if len(dtypes) > 1 or not dtypes <= set(DTYPES) or size > MAX_LINE:
         return None
     return sizes.get("width"), sizes.get("rank"), next(iter(dtypes), torch.float32), size

@@ -24,15 +24,15 @@ def check_container(value: Any) -> int:
     stack: list[tuple[Any, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()
-        if isinstance(item, list | tuple | dict):
-            if depth >= MAX_NESTING:
-                raise OverflowError(f"containers nested more than {MAX_NESTING} deep")
-            inside = [*item.keys(), *item.values()] if isinstance(item, dict) else item
-            num_items += len(inside)
-            check_length(num_items)
-            stack += [(one, depth + 1) for one in inside]
-        elif isinstance(item, Tensor):
-            num_tensors += 1
+        num_tensors += isinstance(item, Tensor)
+        if not isinstance(item, list | tuple | dict):
+            continue
+        if depth >= MAX_NESTING:
+            raise OverflowError(f"containers nested more than {MAX_NESTING} deep")
+        inside = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+        num_items += len(inside)
+        check_length(num_items)
+        stack += [(one, depth + 1) for one in inside]
     if num_tensors > MAX_TENSORS:
         raise OverflowError(f"a container with {num_tensors} tensors; the limit is {MAX_TENSORS}")
     return num_items

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,16 +75,20 @@ def _tried(name: str, operation: Callable[..., Any], args: list[Any], kwargs: di
         shadows, named = [_shadow(arg) for arg in args], {key: _shadow(value) for key, value in kwargs.items()}
         if not _has_tensor([*shadows, *named.values()]) and not name.startswith("py."):
             named["device"] = "meta"
-        tally = _Tally(most)
-        try:
-            with tally:
-                operation(*shadows, **named)
-        except NotImplementedError as error:
+        return _counted(name, partial(operation, *shadows, **named), most)
+
+
+def _counted(name: str, work: Callable[[], Any], most: Cost) -> Cost:
+    tally = _Tally(most)
+    try:
+        with tally:
+            work()
+    except NotImplementedError as error:
+        raise Unforeseeable(name) from error
+    except RuntimeError as error:
+        if "meta" in str(error).lower() and "expanded size" not in str(error):
             raise Unforeseeable(name) from error
-        except RuntimeError as error:
-            if "meta" in str(error).lower() and "expanded size" not in str(error):
-                raise Unforeseeable(name) from error
-            raise
+        raise
     return tally.cost
 
 
@@ -203,7 +208,7 @@ _COMPARING = _CHOOSING | {f"py.{name}" for name in ("eq", "ne", "lt", "le", "gt"
 
 # -- what depends on data -------------------------------------------------------------------------------------------------
 
-Rule = Callable[[list[Any], dict[str, Any]], Cost | None]
+CostRule = Callable[[list[Any], dict[str, Any]], Cost | None]
 
 
 def _first(args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -331,7 +336,7 @@ def _edited(args: list[Any], kwargs: dict[str, Any]) -> Cost | None:
     return Cost(4 * (2 * rows.numel() + num_rows * (elements // width)), CALL + 4 * num_rows * (width + elements))
 
 
-def _taken_apart(count: Callable[[Tensor, Any], int]) -> Rule:
+def _taken_apart(count: Callable[[Tensor, Any], int]) -> CostRule:
     """The views would be made before they could be counted, so they are counted by the tensor's longest side."""
 
     def rule(args: list[Any], kwargs: dict[str, Any]) -> Cost | None:
@@ -360,7 +365,7 @@ def _rows_of(args: list[Any], kwargs: dict[str, Any]) -> Cost | None:
     return None
 
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, CostRule] = {
     **dict.fromkeys(["equal", "allclose", "cpu", "item", "tolist", "is_nonzero"], _nothing),
     **dict.fromkeys(["nonzero"], _indices),
     "masked_select": _masked,

@@ -108,10 +108,9 @@ class Guard:
                 elements *= arg.numel() or 1
             elif isinstance(arg, list | tuple | dict):
                 return self._check(name, args, kwargs)
-        if kwargs:
-            for arg in kwargs.values():
-                if isinstance(arg, Tensor | list | tuple | dict):
-                    return self._check(name, args, kwargs)
+        for arg in kwargs.values():
+            if isinstance(arg, Tensor | list | tuple | dict):
+                return self._check(name, args, kwargs)
         if elements > self._few:
             self._check(name, args, kwargs)
         return None

@@ -72,11 +72,9 @@ class BatchedSaves:
     def spill(self, outboxes: list[Outbox], name: str | None = None) -> None:
         """Hand what's here (or what's here under one name) to the requests' own outboxes."""
         for column in [column for column in self.columns if name in (None, column.name)]:
+            send = Outbox.append if column.append else Outbox.save
             for i, outbox in enumerate(outboxes):
-                if column.append:
-                    outbox.append(column.name, column.value_of(i))
-                else:
-                    outbox.save(column.name, column.value_of(i))
+                send(outbox, column.name, column.value_of(i))
         self.columns = [column for column in self.columns if name not in (None, column.name)]
 
     def clear(self) -> None:

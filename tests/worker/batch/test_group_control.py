@@ -107,7 +107,7 @@ def test_a_request_over_its_limit_of_results_fails_and_says_the_numbers(batching
         toy.step(a=(1, step), b=(1, step))
     assert [toy.failure(name).split(";")[1] for name in ("a", "b")] == [" max_saved_bytes is 200"] * 2
     toy.executor.drop(["a", "b"])
-    assert toy.executor._num_saved == 0
+    assert toy.executor._outgoing.num_saved == 0
 
 
 def test_all_requests_together_have_a_limit_too() -> None:

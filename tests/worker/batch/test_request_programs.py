@@ -61,8 +61,9 @@ def forget(toy: Toy) -> None:
     toy.executor.drop(list(toy.executor.requests))
     assert not toy.executor.leftovers([])
     executor = toy.executor
-    assert not (executor.requests or executor._alone or executor._groups or executor._several or executor._ended)
-    assert executor._num_saved == 0 and executor._tables.num_users == 0
+    known = executor._population
+    assert not (known.requests or known.alone or known.groups or known.several or known.ended)
+    assert executor._outgoing.num_saved == 0 and executor._tables.num_users == 0
 
 
 @pytest.mark.parametrize(("programs", "expected"), [((ADD, SCALE), 10.0), ((SCALE, ADD), 7.0)])
@@ -106,7 +107,7 @@ def test_two_programs_of_one_request_are_never_one_group() -> None:
     toy.add("a", [ADD, ADD, ADD, look("1.out")], prompt=2)
     toy.add("b", [ADD, ADD, ADD, look("1.out")], prompt=2)
     toy.step(a=(2, 0), b=(2, 0))
-    assert [sorted(group.ids) for group in toy.executor._groups] == [["a", "b"]] * 4
+    assert [sorted(group.ids) for group in toy.executor._population.groups] == [["a", "b"]] * 4
     assert toy.saved["a"]["x"] == [[[11.0] * HIDDEN] * 2]
     clean(toy)
 
@@ -326,7 +327,7 @@ def test_a_plain_graph_and_an_edit_of_the_same_structure_are_one_group() -> None
     toy.add("a", ADD, prompt=1)
     toy.add("b", [ADD, look("1.out")], prompt=1)
     toy.step(a=(1, 0), b=(1, 0))
-    assert [group.ids for group in toy.executor._groups] == [["a", "b"]]
+    assert [group.ids for group in toy.executor._population.groups] == [["a", "b"]]
     toy.executor.drop(["a"])
     toy.step(b=(1, 1))
     assert toy.saved["b"]["x"] == [[[5.0] * HIDDEN]] * 2

@@ -1,0 +1,74 @@
+"""Who waits at which tap, in a step: the sites that a tap serves are where programs go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+
+from nnsight_vllm.worker.batch.group import Unit
+from nnsight_vllm.worker.model.sites import Site
+from nnsight_vllm.worker.model.taps import Handler, Tensors
+
+
+class Waiting:
+    """`active`: a tap's handler, there for exactly the taps with somebody waiting; `at_tap` is what it calls."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        orders: Mapping[str, int],
+        active: MutableMapping[int, Handler],
+        at_tap: Callable[[int, Tensors], None],
+    ) -> None:
+        self._sites = sites
+        self._orders = orders
+        self._active = active
+        self._at_tap = at_tap
+        self._units: dict[int, list[Unit]] = {}
+
+    def add(self, unit: Unit) -> None:
+        """Have the tap of the site that a program waits for call us, if it's one of this iteration."""
+        if unit.site is None or unit.lag or unit.is_over:
+            return
+        tap = self._sites[unit.site].tap
+        self._units.setdefault(tap, []).append(unit)
+        self._active[tap] = partial(self._at_tap, tap)
+
+    def is_at(self, tap: int) -> bool:
+        return tap in self._units
+
+    def due(self, tap: int, is_ranked: bool) -> list[Unit]:
+        """Who runs next at a tap: all, or where programs of one request may be among them the first ones."""
+        units = self._units.pop(tap)
+        if not is_ranked:
+            return units
+        ranks = [self._rank(unit) for unit in units]
+        later = [unit for unit, rank in zip(units, ranks, strict=True) if rank > min(ranks)]
+        if later:
+            self._units[tap] = later
+        return [unit for unit, rank in zip(units, ranks, strict=True) if rank == min(ranks)]
+
+    def silence(self, tap: int) -> None:
+        """The tap needn't call any more: somebody has an eye on it."""
+        self._active.pop(tap, None)
+
+    def give_up(self, but: int) -> list[Unit]:
+        """Nobody waits any more but at this tap. Returns who did."""
+        taps = [tap for tap in self._units if tap != but]
+        for tap in taps:
+            self.silence(tap)
+        return [unit for tap in taps for unit in self._units.pop(tap)]
+
+    def clear(self) -> None:
+        for tap in self._units:
+            self.silence(tap)
+        self._units.clear()
+
+    def leftovers(self) -> list[str]:
+        return [f"a handler at tap {tap}" for tap in self._active] + [
+            f"requests waiting at tap {tap}" for tap in self._units
+        ]
+
+    def _rank(self, unit: Unit) -> tuple[int, int]:
+        assert unit.site is not None
+        return self._orders[unit.site], unit.number
