@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nnsight_vllm.wire.extras import decode_extras
-from nnsight_vllm.worker.batch.requests import Arrival
+from nnsight_vllm.worker.batch.step import Arrival
 
 
 def arrivals(scheduled: Any, raw: Any) -> Iterator[Arrival]:
