@@ -69,8 +69,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_a_missing_attribute_while_the_engine_starts_is_no_missing_module(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("nnsight_vllm.model._open", lambda model, *settings: model.nonsense)
     model = nnsight_vllm.VLLM(str(tmp_path))
-    monkeypatch.setattr("nnsight_vllm.model._Start._class", lambda start: start.nonsense)
     with pytest.raises(RuntimeError, match=r"the engine didn't start: .*nonsense"):
         model.llm  # noqa: B018
 
