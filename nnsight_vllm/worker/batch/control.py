@@ -1,6 +1,6 @@
 """Runs programs, instruction by instruction, until they wait or are over: the same for a request alone and for a group.
 
-One method an instruction kind; it returns True where the program has to wait. Where a value has to be looked at, `Values` does
+One method an instruction kind; it returns True where the program has to wait. Where a value has to be looked at, `ValueStrategy` does
 that: a request has plain ones, a group lanes. The members of a group may part there; then their parts repeat the instruction.
 """
 
@@ -35,7 +35,7 @@ C = TypeVar("C", bound=Cursor)
 _WITHOUT_VALUE = frozenset([Write, Save, Log, Export])
 
 
-class Values(ABC, Generic[C]):
+class ValueStrategy(ABC, Generic[C]):
     """What the control loop asks of values. An answer of None: the members parted.
 
     `nodes`: what runs a node and returns its value, by the node's kind.
@@ -81,7 +81,7 @@ class Values(ABC, Generic[C]):
 class Control(Generic[C]):
     """`orders`: site name -> its place in the model's firing order. `num_run`: nodes that were run."""
 
-    def __init__(self, orders: Mapping[str, int], values: Values[C], clock: Clock, limits: Limits) -> None:
+    def __init__(self, orders: Mapping[str, int], values: ValueStrategy[C], clock: Clock, limits: Limits) -> None:
         self._orders = orders
         self._values = values
         self._nodes = values.nodes

@@ -185,7 +185,7 @@ class Executor:
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
         self._tally.start()
-        alone = [*self._population.alone.values(), *self._prefill.pieces]
+        alone = [*self._population.alone.values(), *self._prefill.chunks]
         self._leave([*[unit for unit in alone if unit.id in self._step.index], *self._population.groups])
         self._prefill.collect(self._outgoing.excess)
         for request, _, excess in self._prefill.joined:
@@ -213,8 +213,8 @@ class Executor:
             found.append(f"{self._tables.num_users} lines of tables in use; the requests have {num_lines}")
         num_held = sum(unit.progress.num_bytes for unit in units if unit.progress is not None)
         if self._prefill.num_held != num_held:
-            found.append(f"{self._prefill.num_held} bytes of prompts' pieces are held; the requests have {num_held}")
-        found += [f"a piece of request {piece.id}" for piece in self._prefill.pieces]
+            found.append(f"{self._prefill.num_held} bytes of prompts' chunks are held; the requests have {num_held}")
+        found += [f"a chunk of request {chunk.id}" for chunk in self._prefill.chunks]
         return found + [f"state of request {id}, which the engine doesn't know" for id in requests if id not in known]
 
     def stats(self) -> Stats:
@@ -242,7 +242,7 @@ class Executor:
         """Whoever may hold values: those that run, and those that wait."""
         return [
             *self._population.alone.values(),
-            *self._prefill.pieces,
+            *self._prefill.chunks,
             *self._population.groups,
             *self._grouped.running,
         ]

@@ -97,12 +97,8 @@ class FusedSites:
             place = unit.layout(step, at_logits)
             if fused.edits:
                 editing.setdefault(fused.site, []).append((unit, fused, place))
-                continue
-            try:
-                if self._collect(unit, fused, place, tensors):
-                    done[id(unit)] = None
-            except BaseException as error:
-                done[id(unit)] = error
+            else:
+                done |= self._collected(unit, fused, place, tensors)
         for name, coming in editing.items():
             self._edit(name, coming, tensors, done)
         return done
@@ -146,6 +142,12 @@ class FusedSites:
 
     # -- saves -------------------------------------------------------------------------------------------------------
 
+    def _collected(self, unit: Unit, fused: FusedSite, place: Layout | slice, tensors: Tensors) -> Done:
+        try:
+            return {id(unit): None} if self._collect(unit, fused, place, tensors) else {}
+        except BaseException as error:
+            return {id(unit): error}
+
     def _collect(self, unit: Unit, fused: FusedSite, place: Layout | slice, tensors: Tensors) -> bool:
         """False: nothing was done."""
         site = self._sites[fused.site]
@@ -184,11 +186,15 @@ def _slots(coming: list[Coming], owned: list[tuple[Tensor, Tensor]], total: int)
     found: list[tuple[Table, Tensor]] = []
     for number in range(max(len(fused.edits) for _, fused, _ in coming)):
         by_table: dict[int, tuple[Table, Tensor]] = {}
-        for (unit, fused, _), (rows, owner) in zip(coming, owned, strict=True):
-            for table, numbers in unit.lines(fused.edits[number]).numbers if number < len(fused.edits) else ():
-                _, slots = by_table.setdefault(id(table), (table, torch.full((total,), -1, dtype=torch.int32)))
-                mine = numbers[owner]
-                slots[rows[mine >= 0]] = mine[mine >= 0]
+        wanted = [
+            (table, rows, numbers[owner])
+            for (unit, fused, _), (rows, owner) in zip(coming, owned, strict=True)
+            if number < len(fused.edits)
+            for table, numbers in unit.lines(fused.edits[number]).numbers
+        ]
+        for table, rows, mine in wanted:
+            _, slots = by_table.setdefault(id(table), (table, torch.full((total,), -1, dtype=torch.int32)))
+            slots[rows[mine >= 0]] = mine[mine >= 0]
         found += by_table.values()
     return found
 

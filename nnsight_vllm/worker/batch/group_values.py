@@ -15,7 +15,7 @@ from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.nodes import Arg
 from nnsight_vllm.plan.instructions import At
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.control import Values
+from nnsight_vllm.worker.batch.control import ValueStrategy
 from nnsight_vllm.worker.batch.cursor import IterationsFrame
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_members import Members
@@ -25,7 +25,7 @@ from nnsight_vllm.worker.lanes.lanes import Each, Items, Lane, Rows, Shared, Vie
 from nnsight_vllm.worker.ops.usage import Holdings, bytes_of
 
 
-class GroupValues(Values[Group]):
+class GroupValues(ValueStrategy[Group]):
     """`found`: parts that are still to run."""
 
     def __init__(self, members: Members, nodes: GroupNodes, holdings: Holdings, limits: Limits) -> None:

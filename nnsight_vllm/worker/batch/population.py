@@ -48,7 +48,7 @@ class Population:
     def group(self, groups: list[Group], requests: list[EngineRequest], step: Step) -> Group:
         """Those that are at one point as one group."""
         for request in requests:
-            if self.alone.get(request.key) is request:  # or it's a piece, whose owner waits for the next one
+            if self.alone.get(request.key) is request:  # or it's a chunk, whose owner waits for the next one
                 del self.alone[request.key]
         groups = [*groups, Group.of(requests)] if requests else groups
         return in_order(groups[0] if len(groups) == 1 else Group.merged(groups), step)

@@ -43,12 +43,12 @@ class PrefillChunk(EngineRequest):
 
 
 class Prefill:
-    """`pieces`: of this step. `joined`: requests whose prompt's last chunk is in this step, and their constants of held rows."""
+    """`chunks`: of this step. `joined`: requests whose prompt's last chunk is in this step, and their constants of held rows."""
 
     def __init__(
         self, programs: ProgramCache, store: Store, trailing: Callable[[str], int], device: torch.device
     ) -> None:
-        self.pieces: list[PrefillChunk] = []
+        self.chunks: list[PrefillChunk] = []
         self.joined: list[tuple[EngineRequest, list[int], str]] = []
         self.num_held = 0  # bytes
         self._programs = programs
@@ -78,7 +78,7 @@ class Prefill:
 
     def collect(self, excess: Excess) -> None:
         """The step is over: hold what its chunks saved."""
-        for chunk in self.pieces:
+        for chunk in self.chunks:
             request = chunk.owner
             chunk.leave_iteration()
             if request.progress is None or request.is_over:
@@ -87,7 +87,7 @@ class Prefill:
                 self.num_held += request.progress.hold(key, rows)
             if over := excess(request, request.progress.num_bytes, self.num_held):
                 self.num_held -= request.progress.let_go(over)
-        self.pieces = []
+        self.chunks = []
 
     def forget(self, groups: Iterable[Group]) -> None:
         """The last chunks' step is over, so nobody needs the rows of those before."""
@@ -114,7 +114,7 @@ class Prefill:
         chunk = PrefillChunk(request.id, request.prompt_length, request.seed, number=request.number, owner=request)
         chunk.spent, chunk.outbox = request.spent, request.outbox.another()
         self._load(chunk, graph, {})
-        self.pieces.append(chunk)
+        self.chunks.append(chunk)
         return chunk
 
     def _finish(self, request: EngineRequest, progress: Progress, chunking: Chunked | Unchunked, position: int) -> None:
@@ -141,7 +141,7 @@ class Prefill:
         return held
 
     def _rows(self, unit: EngineRequest, key: str, end: int) -> Tensor:
-        """What the pieces before position `end` held under this key."""
+        """What the chunks before position `end` held under this key."""
         rows = None if unit.progress is None else unit.progress.joined(key, self._device)
         if rows is None:
             raise InterventionError(f"rows before position {end} of the prompt weren't computed")

@@ -10,7 +10,7 @@ from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.nodes import Arg
 from nnsight_vllm.plan.instructions import At
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.control import Values
+from nnsight_vllm.worker.batch.control import ValueStrategy
 from nnsight_vllm.worker.batch.cursor import IterationsFrame
 from nnsight_vllm.worker.batch.request_nodes import RequestNodes
 from nnsight_vllm.worker.batch.requests import EngineRequest
@@ -20,7 +20,7 @@ from nnsight_vllm.worker.ops.usage import Clock, Holdings, bytes_of, over_time
 UNBOUNDED = 2**31
 
 
-class RequestValues(Values[EngineRequest]):
+class RequestValues(ValueStrategy[EngineRequest]):
     """`holdings`: the memory of all requests' values."""
 
     def __init__(self, nodes: RequestNodes, clock: Clock, holdings: Holdings, limits: Limits) -> None:
