@@ -28,11 +28,13 @@ demo: $(STAMP)
 # These run engines inside the test process, which vLLM then binds to a core: they get processes of their own. So do those that are
 # run once more with vLLM's V2 model runner, in Triton's interpreter.
 INSIDE := tests/engine/test_parity.py tests/engine/test_churn.py
+# Two files at a time: an engine of a test keeps one core busy at most, and starting one leaves even that idle.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup
 
 test: $(STAMP)
-	$(RUN) -m pytest $(addprefix --ignore ,$(INSIDE)) $(ARGS)
-	for file in $(INSIDE); do $(RUN) -m pytest $$file $(ARGS) || exit 1; done
-	VLLM_USE_V2_MODEL_RUNNER=1 $(RUN) -m pytest -m v2 $(addprefix --ignore ,$(INSIDE)) tests/engine $(ARGS)
+	$(PYTEST) $(addprefix --ignore ,$(INSIDE)) $(ARGS)
+	$(PYTEST) $(INSIDE) $(ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) -m v2 $(addprefix --ignore ,$(INSIDE)) tests/engine $(ARGS)
 
 fuzz: $(STAMP)
 	NNSIGHT_VLLM_FUZZ=5000 $(RUN) -m pytest tests/engine/test_churn.py -k fuzzed -s $(ARGS)

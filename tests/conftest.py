@@ -9,6 +9,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # engines of different processes keep off each other's core
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -54,6 +57,13 @@ class Engines:
     def _make_room(self) -> None:
         while len(self._alive) >= MAX_ENGINES:
             self._alive.popitem(last=False)[1].close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares an engine or a server stays in one process where tests run in several (`-n 2 --dist loadgroup`)."""
+    for item in items:
+        is_live = "live" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("live server" if is_live else str(item.path)))
 
 
 @pytest.fixture(scope="session")
