@@ -74,7 +74,7 @@ class Executor:
         self._batching = batching
         self._population = Population()
         self._outgoing = Outgoing(self._population, self.exports, limits)
-        self._waiting = Waiting(table.sites, table.orders, table.active, self.at_tap)
+        self._waiting = Waiting(table.sites, table.orders, table.active)
         self._tables = Tables(device)
         self._fused = FusedSites(table.sites, limits.saved_per_step)
         self._tally = Tally()
@@ -139,8 +139,10 @@ class Executor:
         with _inference():
             self._tables.fill()
         groups, self._population.groups = self._population.groups, []
-        ready = [part for group in groups for part in self._begin_group(group, step)]
+        ready: list[Group] = []
         requests: list[EngineRequest] = []
+        for group in groups:
+            ready += self._begin_group(group, step)
         for request in list(self._population.alone.values()):
             index = step.index.get(request.id)
             if request.is_over:
@@ -157,17 +159,15 @@ class Executor:
     def at_tap(self, tap: int, tensors: Tensors) -> None:
         """The model is at a tap: run whoever waits for a site on it. Never raises."""
         self._tally.start()
-        self._waiting.silence(tap)
-        while self._waiting.is_at(tap):
-            units = self._waiting.due(tap, is_ranked=bool(self._population.several))
+        while units := self._waiting.due(tap, is_ranked=bool(self._population.several)):
             self._at_sites(self._population.still_running(units) if self._population.ended else units, tensors)
-            self._waiting.silence(tap)
         self._tally.pause()
 
     def leave_logits(self) -> None:
         """The model is done and the logits are there: only the drawn token is still to come."""
         self._step = self._step.after_logits()
-        self._leave(self._waiting.give_up(but=SAMPLES_TAP))
+        if late := self._waiting.give_up(but=SAMPLES_TAP):
+            self._leave(late)
 
     def writes_samples(self, request_id: str) -> bool:
         """Whether this request may replace the token that is about to be drawn."""
@@ -185,8 +185,11 @@ class Executor:
         Raises what interrupted a graph from outside (Ctrl-C), now that nothing is half done.
         """
         self._tally.start()
-        alone = [*self._population.alone.values(), *self._prefill.chunks]
-        self._leave([*[unit for unit in alone if unit.id in self._step.index], *self._population.groups])
+        units: list[Unit] = list(self._population.groups)
+        for unit in (*self._population.alone.values(), *self._prefill.chunks):
+            if unit.id in self._step.index:
+                units.append(unit)
+        self._leave(units)
         self._prefill.collect(self._outgoing.excess)
         for request, _, excess in self._prefill.joined:
             if excess and not request.has_failed:
@@ -295,7 +298,7 @@ class Executor:
                 self._population.alone[request.key] = request
             group = group.select(np.flatnonzero(is_here).tolist())
         if wrong := group.unexpected(step):
-            self._fail_interrupted(group, wrong, step)
+            group.interrupt(wrong, step)
             if (remaining := group.remaining()) is None:
                 return []
             group = remaining
@@ -303,14 +306,6 @@ class Executor:
         group.iteration = group.iteration + 1
         group.lag -= 1
         return self._run_group(group, lambda: None) if group.site is None and group.lag == 0 else [group]
-
-    def _fail_interrupted(self, group: Group, wrong: list[int], step: Step) -> None:
-        """Fail the members of which the step computes something else than what comes next."""
-        for i in wrong:
-            at = int(group.locate(step)[i])
-            request, count = group.members[i], int(step.starts[at + 1] - step.starts[at])
-            request.iteration = int(group.iteration[i])
-            request.fail(interrupted(request, int(step.positions[at]), count), keep_token=False)
 
     def _go_on(self, groups: list[Group], requests: list[EngineRequest], step: Step) -> None:
         """Form groups of those at the same point, and let everybody wait for their sites."""
@@ -326,19 +321,17 @@ class Executor:
             self._population.groups += together
             units: list[Unit] = [*together, *alone]
             for unit in units:
-                self._waiting.add(unit)
+                self._waiting.add(unit, self.at_tap)
 
     def _at_sites(self, units: list[Unit], tensors: Tensors) -> None:
         """The model is where these wait."""
         with _inference():
             done = self._fused.run(units, tensors, self._step, self._is_at_logits) if self._batching else {}
         for unit in units:
-            is_done = id(unit) in done
-            arrive = (
-                partial(self._leave_site, unit, done[id(unit)]) if is_done else partial(self._arrive, unit, tensors)
-            )
-            for part in self._run(unit, arrive):
-                self._waiting.add(part)
+            here = partial(self._arrive, unit, tensors)
+            behind = partial(self._leave_site, unit, done[id(unit)]) if id(unit) in done else None
+            for part in self._run(unit, behind or here):
+                self._waiting.add(part, self.at_tap)
 
     def _arrive(self, unit: Unit, tensors: Tensors) -> None:
         assert unit.site is not None
@@ -386,10 +379,13 @@ class Executor:
 
     def _leave(self, units: list[Unit]) -> None:
         """The iteration is over for these."""
+        over: list[Unit] = []
         for unit in units:
             unit.leave_iteration()
-        if late := [unit for unit in units if unit.is_over]:
-            self._population.still_running(late)
+            if unit.is_over:
+                over.append(unit)
+        if over:
+            self._population.still_running(over)
 
     def _guarded(self, request: EngineRequest, work: Callable[[], object]) -> None:
         """Nothing that a graph does may leave the op's body: it would end the engine for everybody."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from nnsight_vllm.wire.step_output import Ints
 from nnsight_vllm.worker.batch.cursor import BlockFrame, Cursor, IterationsFrame, LoopFrame
 from nnsight_vllm.worker.batch.group_place import GroupPlace, Layout
-from nnsight_vllm.worker.batch.requests import EngineRequest
+from nnsight_vllm.worker.batch.requests import EngineRequest, interrupted
 from nnsight_vllm.worker.batch.step import Step
 from nnsight_vllm.worker.batch.tables import TableLines
 from nnsight_vllm.worker.lanes.lanes import (
@@ -226,6 +226,14 @@ class Group(Cursor):
         positions, counts = step.positions[at], step.starts[at + 1] - step.starts[at]
         following = (positions == self.prompt + self.iteration) & (counts == 1)
         return [int(i) for i in np.flatnonzero(~following)]
+
+    def interrupt(self, wrong: list[int], step: Step) -> None:
+        """Fail those members."""
+        for i in wrong:
+            at, request = int(self.locate(step)[i]), self.members[i]
+            request.iteration = int(self.iteration[i])
+            count = int(step.starts[at + 1] - step.starts[at])
+            request.fail(interrupted(request, int(step.positions[at]), count), keep_token=False)
 
     def mark_in_step(self) -> None:
         """All members' innermost iterations block is at the iteration of this step."""

@@ -11,36 +11,29 @@ from nnsight_vllm.worker.model.taps import Handler, Tensors
 
 
 class Waiting:
-    """`active`: a tap's handler, there for exactly the taps with somebody waiting; `at_tap` is what it calls."""
+    """`active`: a tap's handler, there for exactly the taps with somebody waiting."""
 
     def __init__(
-        self,
-        sites: Mapping[str, Site],
-        orders: Mapping[str, int],
-        active: MutableMapping[int, Handler],
-        at_tap: Callable[[int, Tensors], None],
+        self, sites: Mapping[str, Site], orders: Mapping[str, int], active: MutableMapping[int, Handler]
     ) -> None:
         self._sites = sites
         self._orders = orders
         self._active = active
-        self._at_tap = at_tap
         self._units: dict[int, list[Unit]] = {}
 
-    def add(self, unit: Unit) -> None:
-        """Have the tap of the site that a program waits for call us, if it's one of this iteration."""
+    def add(self, unit: Unit, at_tap: Callable[[int, Tensors], None]) -> None:
+        """Have the tap of the site that a program waits for call `at_tap`, if it's one of this iteration."""
         if unit.site is None or unit.lag or unit.is_over:
             return
         tap = self._sites[unit.site].tap
         self._units.setdefault(tap, []).append(unit)
-        self._active[tap] = partial(self._at_tap, tap)
-
-    def is_at(self, tap: int) -> bool:
-        return tap in self._units
+        self._active[tap] = partial(at_tap, tap)
 
     def due(self, tap: int, is_ranked: bool) -> list[Unit]:
-        """Who runs next at a tap: all, or where programs of one request may be among them the first ones."""
-        units = self._units.pop(tap)
-        if not is_ranked:
+        """Who runs next at a tap: all, or where programs of one request may be among them the first ones. The tap needn't call."""
+        self._active.pop(tap, None)
+        units = self._units.pop(tap, [])
+        if not is_ranked or not units:
             return units
         ranks = [self._rank(unit) for unit in units]
         later = [unit for unit, rank in zip(units, ranks, strict=True) if rank > min(ranks)]
@@ -48,20 +41,17 @@ class Waiting:
             self._units[tap] = later
         return [unit for unit, rank in zip(units, ranks, strict=True) if rank == min(ranks)]
 
-    def silence(self, tap: int) -> None:
-        """The tap needn't call any more: somebody has an eye on it."""
-        self._active.pop(tap, None)
-
     def give_up(self, but: int) -> list[Unit]:
         """Nobody waits any more but at this tap. Returns who did."""
-        taps = [tap for tap in self._units if tap != but]
-        for tap in taps:
-            self.silence(tap)
-        return [unit for tap in taps for unit in self._units.pop(tap)]
+        found: list[Unit] = []
+        for tap in self._units.keys() - {but}:
+            self._active.pop(tap, None)
+            found += self._units.pop(tap)
+        return found
 
     def clear(self) -> None:
         for tap in self._units:
-            self.silence(tap)
+            self._active.pop(tap, None)
         self._units.clear()
 
     def leftovers(self) -> list[str]:

@@ -100,11 +100,11 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("make", "num_requests", "is_fused", "most_python", "most_c"),
     [
-        (adding, NUM_REQUESTS, True, 115, 133),
-        (adding, NUM_REQUESTS, False, 195, 209),
-        (adding, 1, True, 99, 74),
-        (collecting, NUM_REQUESTS, True, 138, 157),
-        (collecting, 1, True, 131, 103),
+        (adding, NUM_REQUESTS, True, 110, 115),
+        (adding, NUM_REQUESTS, False, 190, 186),
+        (adding, 1, True, 93, 68),
+        (collecting, NUM_REQUESTS, True, 134, 137),
+        (collecting, 1, True, 125, 97),
     ],
 )
 def test_a_decode_step_makes_no_more_calls(
