@@ -29,9 +29,10 @@ from nnsight_vllm.graph.results import (
 )
 from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.wire.limits import Limits
-from nnsight_vllm.worker.batch.executor import Executor, SiteTable
+from nnsight_vllm.worker.batch.executor import Executor
 from nnsight_vllm.worker.batch.step import Arrival, Step
 from nnsight_vllm.worker.batch.tensor_store import Store
+from nnsight_vllm.worker.batch.waiting import SiteTable
 from nnsight_vllm.worker.model.sampling_sites import LOGITS_TAP, SAMPLES_TAP, sampling_sites
 from nnsight_vllm.worker.model.sites import Direct, ResidualStream, Site, TensorSlice
 from nnsight_vllm.worker.model.taps import Handler

@@ -16,8 +16,9 @@ from nnsight_vllm.graph.check import check
 from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.wire import refusal
 from nnsight_vllm.wire.limits import limits_of
-from nnsight_vllm.worker.batch.executor import Executor, SiteTable
+from nnsight_vllm.worker.batch.executor import Executor
 from nnsight_vllm.worker.batch.tensor_store import Store
+from nnsight_vllm.worker.batch.waiting import SiteTable
 from nnsight_vllm.worker.model import taps
 from nnsight_vllm.worker.model.calls import Calls
 from nnsight_vllm.worker.model.catalogue import describe

@@ -7,9 +7,8 @@ A request with several programs is here as several requests of one id, which run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -30,29 +29,18 @@ from nnsight_vllm.worker.batch.outgoing import Outgoing
 from nnsight_vllm.worker.batch.population import Population, in_order
 from nnsight_vllm.worker.batch.prefill import Prefill
 from nnsight_vllm.worker.batch.prompt_progress import Progress
-from nnsight_vllm.worker.batch.request_nodes import ModuleCalls, RequestNodes
+from nnsight_vllm.worker.batch.request_nodes import RequestNodes
 from nnsight_vllm.worker.batch.request_values import RequestValues
 from nnsight_vllm.worker.batch.requests import EngineRequest, check_names, interrupted, requests_of
 from nnsight_vllm.worker.batch.step import NO_STEP, Arrival, Step
 from nnsight_vllm.worker.batch.tables import Tables
 from nnsight_vllm.worker.batch.tally import Tally
 from nnsight_vllm.worker.batch.tensor_store import Store
-from nnsight_vllm.worker.batch.waiting import Waiting
+from nnsight_vllm.worker.batch.waiting import SiteTable, Waiting
 from nnsight_vllm.worker.model.sampling_sites import SAMPLES_TAP
-from nnsight_vllm.worker.model.sites import Site
-from nnsight_vllm.worker.model.taps import Handler, Tensors
+from nnsight_vllm.worker.model.taps import Tensors
 from nnsight_vllm.worker.ops.usage import Clock, Holdings, measure
 from nnsight_vllm.worker.results.exports import Exports
-
-
-@dataclass(frozen=True)
-class SiteTable:
-    """What the executor knows of the model. `orders`: where in the firing order a site comes."""
-
-    sites: Mapping[str, Site]
-    orders: Mapping[str, int]
-    calls: ModuleCalls
-    active: MutableMapping[int, Handler]
 
 
 class Executor:
@@ -74,7 +62,7 @@ class Executor:
         self._batching = batching
         self._population = Population()
         self._outgoing = Outgoing(self._population, self.exports, limits)
-        self._waiting = Waiting(table.sites, table.orders, table.active)
+        self._waiting = Waiting(table)
         self._tables = Tables(device)
         self._fused = FusedSites(table.sites, limits.saved_per_step)
         self._tally = Tally()
