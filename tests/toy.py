@@ -18,15 +18,7 @@ from nnsight_vllm.graph.check import check
 from nnsight_vllm.graph.codec import decode_deltas, encode
 from nnsight_vllm.graph.links import Links
 from nnsight_vllm.graph.nodes import Block, Graph, Node
-from nnsight_vllm.graph.results import (
-    Delta,
-    DictValue,
-    DtypeValue,
-    ListValue,
-    TensorValue,
-    TupleValue,
-    Value,
-)
+from nnsight_vllm.graph.results import Delta, DictValue, DtypeValue, ListValue, TensorValue, TupleValue, Value
 from nnsight_vllm.plan.program import ProgramCache
 from nnsight_vllm.wire.limits import Limits
 from nnsight_vllm.worker.batch.executor import Executor

@@ -13,15 +13,7 @@ from nnsight_vllm.trace import garbage
 from nnsight_vllm.trace.backend import Completion, Outcome, Result, Sample
 from nnsight_vllm.trace.events import Notice
 from nnsight_vllm.trace.source import user_line
-from nnsight_vllm.wire.trace import (
-    Answered,
-    AnswerFrame,
-    Chance,
-    SentCompletion,
-    SentNotice,
-    SentOutcome,
-    SentSample,
-)
+from nnsight_vllm.wire.trace import Answered, AnswerFrame, Chance, SentCompletion, SentNotice, SentOutcome, SentSample
 from nnsight_vllm.wire.values import decode_value, encode_value
 
 T = TypeVar("T")

@@ -11,21 +11,8 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.plan.rows import Kind, Rule
-from nnsight_vllm.worker.lanes.alignment import (
-    Function,
-    Uncovered,
-    dense,
-    rank_of,
-    repeated,
-    wrapped,
-)
-from nnsight_vllm.worker.lanes.lanes import (
-    Each,
-    Lane,
-    Rows,
-    Shared,
-    resolved,
-)
+from nnsight_vllm.worker.lanes.alignment import Function, Uncovered, dense, rank_of, repeated, wrapped
+from nnsight_vllm.worker.lanes.lanes import Each, Lane, Rows, Shared, resolved
 from nnsight_vllm.worker.lanes.pointwise import pointwise
 from nnsight_vllm.worker.lanes.reductions import along
 

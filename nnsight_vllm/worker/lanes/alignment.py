@@ -10,15 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnsight_vllm.worker.lanes.lanes import (
-    Each,
-    Items,
-    Lane,
-    Ragged,
-    Rows,
-    Several,
-    Shared,
-)
+from nnsight_vllm.worker.lanes.lanes import Each, Items, Lane, Ragged, Rows, Several, Shared
 
 Function = Callable[..., Any]
 MAX_REPEATED = 1 << 30  # bytes: what each request has once isn't copied to its rows beyond that

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.wire.step_output import Ints
-from nnsight_vllm.worker.lanes.alignment import (
-    Uncovered,
-)
+from nnsight_vllm.worker.lanes.alignment import Uncovered
 from nnsight_vllm.worker.lanes.lanes import (
     Each,
     Held,

@@ -7,22 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_vllm.worker.lanes.alignment import (
-    Function,
-    Uncovered,
-    aligned_to,
-    frame,
-    rank_of,
-    spread,
-    wrapped,
-)
-from nnsight_vllm.worker.lanes.lanes import (
-    Each,
-    Items,
-    Lane,
-    Rows,
-    resolved,
-)
+from nnsight_vllm.worker.lanes.alignment import Function, Uncovered, aligned_to, frame, rank_of, spread, wrapped
+from nnsight_vllm.worker.lanes.lanes import Each, Items, Lane, Rows, resolved
 
 _ARITHMETIC = {
     f"{space}.{name}"

@@ -8,20 +8,8 @@ import torch
 from torch import Tensor
 
 from nnsight_vllm.plan.rows import Rule
-from nnsight_vllm.worker.lanes.alignment import (
-    Function,
-    Uncovered,
-    dense,
-    rank_of,
-    wrapped,
-)
-from nnsight_vllm.worker.lanes.lanes import (
-    Each,
-    Lane,
-    Ragged,
-    Rows,
-    Shared,
-)
+from nnsight_vllm.worker.lanes.alignment import Function, Uncovered, dense, rank_of, wrapped
+from nnsight_vllm.worker.lanes.lanes import Each, Lane, Ragged, Rows, Shared
 
 _REDUCING = frozenset(
     [

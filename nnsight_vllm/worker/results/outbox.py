@@ -14,13 +14,7 @@ from torch import Tensor
 
 from nnsight_vllm.errors import InterventionError
 from nnsight_vllm.graph.codec import encode_delta
-from nnsight_vllm.graph.results import (
-    Delta,
-    Failure,
-    ListValue,
-    Saved,
-    Sheet,
-)
+from nnsight_vllm.graph.results import Delta, Failure, ListValue, Saved, Sheet
 from nnsight_vllm.wire.limits import DEFAULT, Limits
 from nnsight_vllm.wire.values import encode_value, names_of
 from nnsight_vllm.worker.ops.containers import check_container
