@@ -59,11 +59,10 @@ class Engines:
             self._alive.popitem(last=False)[1].close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """What shares an engine or a server stays in one process where tests run in several (`-n 2 --dist loadgroup`)."""
-    for item in items:
-        is_live = "live" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("live server" if is_live else str(item.path)))
+    is_live = "live" in getattr(item, "fixturenames", ())
+    item.add_marker(pytest.mark.xdist_group("live server" if is_live else str(item.path)))
 
 
 @pytest.fixture(scope="session")
