@@ -29,7 +29,7 @@ demo: $(STAMP)
 # run once more with vLLM's V2 model runner, in Triton's interpreter.
 INSIDE := tests/engine/test_parity.py tests/engine/test_churn.py
 # Two files at a time: an engine of a test keeps one core busy at most, and starting one leaves even that idle.
-PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 
 test: $(STAMP)
 	$(PYTEST) $(addprefix --ignore ,$(INSIDE)) $(ARGS)

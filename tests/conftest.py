@@ -59,12 +59,6 @@ class Engines:
             self._alive.popitem(last=False)[1].close()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """What shares an engine or a server stays in one process where tests run in several (`-n 2 --dist loadgroup`)."""
-    is_live = "live" in getattr(item, "fixturenames", ())
-    item.add_marker(pytest.mark.xdist_group("live server" if is_live else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def engines() -> Iterator[Engines]:
     """`engines(checkpoint, enforce_eager=True, ...)`: an engine that tests with the same keywords share."""
