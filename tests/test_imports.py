@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+import house
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,3 +171,22 @@ def test_a_module_of_the_server_loads_nothing_of_the_worker(module: str, tmp_pat
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().endswith("[]")
+
+
+def test_the_map_of_the_house_is_of_now() -> None:
+    page = house.PAGE.read_text()
+    assert house.with_map(page) == page, "draw it anew: python tests/house.py"
+
+
+def test_every_room_is_on_the_map() -> None:
+    folders = {path.parent for path in (ROOT / PACKAGE).rglob("*.py")} - {ROOT / PACKAGE}
+    assert {folder.relative_to(ROOT / PACKAGE).as_posix() for folder in folders} | {
+        "kernels",
+        "server",
+    } == house.ROOMS.keys()
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    named = re.findall(r"`([a-z_]+/[\w/.]+\.(?:py|md))`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 40
+    assert [name for name in named if not (ROOT / name).exists()] == []
