@@ -9,8 +9,6 @@ import builtins as _builtins
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from nnsight_vllm import errors as _errors
-
 if TYPE_CHECKING:
     from nnsight_vllm.demo import demo_model as demo_model
     from nnsight_vllm.errors import AdmissionError as AdmissionError
@@ -47,7 +45,28 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ERRORS = tuple(name for name, kind in vars(_errors).items() if isinstance(kind, type))
+_ERRORS = (
+    "AdmissionError",
+    "BusyError",
+    "ConnectionFailed",
+    "ControlFlowError",
+    "DemoModelError",
+    "EngineSettingError",
+    "GradientsUnavailable",
+    "GraphError",
+    "IntegrityError",
+    "InterventionError",
+    "NNsightError",
+    "OutOfOrderError",
+    "PreemptedError",
+    "RecordError",
+    "RefusedError",
+    "ScopeError",
+    "UnauthorizedError",
+    "UnknownEditError",
+    "UnknownModuleError",
+    "ValueNotSetError",
+)
 _BUILTINS = ("bool", "dict", "float", "int", "list", "log", "str", "tuple")
 _HOMES = {
     "VLLM": "nnsight_vllm.model",

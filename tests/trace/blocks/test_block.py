@@ -496,8 +496,9 @@ def test_future_annotations_are_kept(tmp_path: Path) -> None:
     assert _loaded(tmp_path, source)["f"]().__annotations__ == {"a": "Undefined", "return": "Missing"}
 
 
-def test_ipython_cells() -> None:
+def test_ipython_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     interactive = pytest.importorskip("IPython.core.interactiveshell")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell puts its own there
     shell = interactive.InteractiveShell.instance()
     shell.user_ns["Trace"] = Trace
     try:

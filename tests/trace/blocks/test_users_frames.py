@@ -83,8 +83,9 @@ def test_in_a_method_and_in_several_invokes_of_a_loop() -> None:
     assert [torch.equal(value.value, VALUE) for value in Study().run()] == [True, True]
 
 
-def test_in_ipython() -> None:
+def test_in_ipython(monkeypatch: pytest.MonkeyPatch) -> None:
     shell_module = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is a development dependency")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell puts its own there
     shell = shell_module.InteractiveShell.instance()
     shell.push({"model": FakeModel(s0=VALUE)})
     result = shell.run_cell(
