@@ -286,8 +286,21 @@ def test_programs_one_after_the_other_give_what_one_program_of_all_gives(
         if not kinds[0] and batching:
             same(apart, by_hand, f"r{i}")
         elif not kinds[0]:
-            assert repr(apart.saved[f"r{i}"]) == repr(by_hand.saved[f"r{i}"])
+            assert repr(unsigned(apart.saved[f"r{i}"])) == repr(unsigned(by_hand.saved[f"r{i}"]))
     clean(apart)
+
+
+def unsigned(value: object) -> object:
+    """Zeros without a sign: a stream is the sum of two tensors, so what the next program reads of -0.0 is 0.0."""
+    match value:
+        case float():
+            return value + 0.0
+        case list() | tuple():
+            return type(value)(map(unsigned, value))
+        case dict():
+            return {key: unsigned(item) for key, item in value.items()}
+        case _:
+            return value
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
