@@ -20,12 +20,12 @@ from nnsight_vllm.kernels.table import DTYPES
 if TYPE_CHECKING:
     from nnsight_vllm.kernels.launch import Launch
 
-Backend = Literal["reference", "triton"]
+KernelBackend = Literal["reference", "triton"]
 VARIABLE = "NNSIGHT_VLLM_KERNELS"
 
 
 def edit(
-    rows: Tensor, operation: str, slots: Tensor, columns: Mapping[str, Tensor], force: Backend | None = None
+    rows: Tensor, operation: str, slots: Tensor, columns: Mapping[str, Tensor], force: KernelBackend | None = None
 ) -> None:
     """One operation: `rows` [N, H] in place, row i by line `slots[i]` (int32 [N]; negative: not) of `columns`."""
     _check(rows, operation, slots, columns)
@@ -47,12 +47,12 @@ def added(slots: Tensor, columns: Mapping[str, Tensor]) -> Tensor | None:
     return whole if len(lines) in (1, len(slots)) else whole[owner]
 
 
-def choose(device: torch.device, force: Backend | None = None) -> Backend:
+def choose(device: torch.device, force: KernelBackend | None = None) -> KernelBackend:
     """Who edits rows on this device: the argument, else the environment, else what suits the device."""
     name = force or os.environ.get(VARIABLE) or ("triton" if device.type == "cuda" else "reference")
     if name not in ("reference", "triton"):
         raise ValueError(f"{VARIABLE}: expected 'reference' or 'triton'; got {name!r}")
-    return cast(Backend, name)
+    return cast(KernelBackend, name)
 
 
 def launch(rows: Tensor, operation: str, slots: Tensor, columns: Mapping[str, Tensor]) -> Launch:

@@ -38,7 +38,7 @@ from nnsight_vllm.graph.nodes import (
     Write,
 )
 from nnsight_vllm.graph.ops import OPS, is_inplace
-from nnsight_vllm.graph.order import Cursor
+from nnsight_vllm.graph.order import OrderCursor
 
 MAX_DEPTH = 64
 MAX_KEY = 64
@@ -105,7 +105,7 @@ class Checker:
     def __init__(self, catalogue: Catalogue) -> None:
         self.sites: dict[str, SiteInfo] = {site.name: site for site in catalogue.sites}
         self.modules: dict[str, ModuleInfo] = {module.path: module for module in catalogue.modules}
-        self.cursor = Cursor()
+        self.cursor = OrderCursor()
         self.ids: set[int] = set()
 
     def run(self, graph: Graph) -> None:

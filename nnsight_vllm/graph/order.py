@@ -33,7 +33,7 @@ class ProgramPoint:
         return (self.ended, self.iteration, self.order) > (other.ended, other.iteration, other.order)
 
 
-class Cursor:
+class OrderCursor:
     """Moves over the model while a program is recorded or checked."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from nnsight_vllm.errors import OutOfOrderError, RecordError, RefusedError
 from nnsight_vllm.graph.catalogue import SiteInfo
 from nnsight_vllm.graph.nodes import Read, Write
-from nnsight_vllm.graph.order import Cursor, ProgramPoint
+from nnsight_vllm.graph.order import OrderCursor, ProgramPoint
 from nnsight_vllm.trace import meta
 from nnsight_vllm.trace.encode import resolve
 from nnsight_vllm.trace.proxy import Proxy
@@ -42,7 +42,7 @@ class Places:
     """The sites of one recorder."""
 
     def __init__(self, recorder: Recording, tree: Tree, rows: int | None, max_tokens: int | None) -> None:
-        self.cursor = Cursor()
+        self.cursor = OrderCursor()
         self.block: IterationsHandle | None = None
         self.max_tokens = max_tokens
         self._recorder = recorder

@@ -40,7 +40,7 @@ from nnsight_vllm.worker.batch.changes import by_kernel, dtype_of, fitted, in_pl
 from nnsight_vllm.worker.batch.group import Group
 from nnsight_vllm.worker.batch.group_members import Members
 from nnsight_vllm.worker.batch.places import fit, refuse_floats
-from nnsight_vllm.worker.batch.request_nodes import RequestNodes
+from nnsight_vllm.worker.batch.request_nodes import RequestNodes, node_methods
 from nnsight_vllm.worker.lanes import algebra, indexing, pointwise
 from nnsight_vllm.worker.lanes.alignment import Uncovered
 from nnsight_vllm.worker.lanes.lanes import (
@@ -80,17 +80,7 @@ class GroupNodes:
         self._members = members
         self._alone = alone
         self.counts = Counts()
-        self.methods: dict[type, Callable[[Group, Any], Lane | None]] = {
-            Read: self.read,
-            Write: self.write,
-            Op: self.op,
-            Const: self.const,
-            Call: self.call,
-            Save: self.save,
-            Log: self.log,
-            Export: self.export,
-            Import: self.import_,
-        }
+        self.methods: dict[type, Callable[[Group, Any], Lane | None]] = node_methods(self)
 
     def read(self, group: Group, node: Read) -> Lane:
         assert group.place is not None

@@ -33,6 +33,12 @@ class ModuleCalls(Protocol):
     def call(self, module_path: str, args: list[Any]) -> Tensor: ...
 
 
+def node_methods(nodes: Any) -> dict[type, Callable[..., Any]]:
+    """Who runs which kind of node, by their names: `read` a `Read`; the same for a request and for a group."""
+    kinds = (Read, Write, Op, Const, Call, Save, Log, Export, Import)
+    return {kind: getattr(nodes, {"import": "import_"}.get(name := kind.__name__.lower(), name)) for kind in kinds}
+
+
 class RequestNodes:
     """`exports`: what requests hand to each other. `methods`: by node kind."""
 
@@ -42,17 +48,7 @@ class RequestNodes:
         self.limits = limits
         self.guard = Guard(limits)
         self._exports = exports
-        self.methods: Mapping[type, Callable[[EngineRequest, Any], Any]] = {
-            Read: self.read,
-            Write: self.write,
-            Op: self.op,
-            Const: self.const,
-            Call: self.call,
-            Save: self.save,
-            Log: self.log,
-            Export: self.export,
-            Import: self.import_,
-        }
+        self.methods: Mapping[type, Callable[[EngineRequest, Any], Any]] = node_methods(self)
 
     def read(self, request: EngineRequest, node: Read) -> Tensor:
         return request.place_at(node.site).work
