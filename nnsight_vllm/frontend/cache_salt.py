@@ -1,4 +1,4 @@
-"""What a graph lets the scheduler do with its prompt: share blocks of the prefix cache, by a salt made here, and cut it."""
+"""What a graph lets the scheduler do with its prompt: share blocks of the prefix cache, by a salt made here, and compute it in chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """What a request with some graphs may share, as `Caching` has it, and whether its prompt may be cut.
+    """What a request with some graphs may share, as `Caching` has it, and whether its prompt may come in chunks.
 
     `graph`: the bytes of all graphs that its rows depend on.
     """
@@ -35,7 +35,7 @@ class CachePolicy:
     most: int | None
     first: int
     graph: bytes
-    cut: Unchunked | None
+    chunking: Unchunked | None
 
 
 def policy_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, bytes], int], CachePolicy]:
@@ -45,7 +45,7 @@ def policy_by(catalogue: Catalogue) -> Callable[[Sequence[bytes], Mapping[str, b
     def policy(graphs: Sequence[bytes], tensors: Mapping[str, bytes], num_rows: int) -> CachePolicy:
         each = [known(graph, tensors, num_rows) for graph in graphs]
         found = composed([one.caching for one in each])
-        whole = next((one.cut for one in each if isinstance(one.cut, Unchunked)), None)
+        whole = next((one.chunking for one in each if isinstance(one.chunking, Unchunked)), None)
         graph = _joined([graphs[number] for number in found.covers])
         return CachePolicy(found.salt, found.most, found.first, graph, whole)
 
@@ -57,14 +57,14 @@ class Known:
     """What the scheduler has to know of a graph over a prompt. Graphs that differ in nothing but tensors share it."""
 
     caching: Caching
-    cut: Chunked | Unchunked
+    chunking: Chunked | Unchunked
 
 
 _ILLEGAL = Known(Caching(Salt.UNIQUE, 0), Unchunked("it isn't a legal graph"))
 
 
 def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int], Known]:
-    """A function: how a graph and the cache may meet, and whether its prompt may come in pieces.
+    """A function: how a graph and the cache may meet, and whether its prompt may come in chunks.
 
     It's given the graph's constants as safetensors bytes by digest, and the prompt's length. Bytes that are no legal graph
     share nothing; the worker refuses them. Any thread may call it.
@@ -93,12 +93,14 @@ def known_by(catalogue: Catalogue) -> Callable[[bytes, Mapping[str, bytes], int]
         facts = trailing.__getitem__, lambda digest: _rank(tensors[digest]), num_rows
         try:
             decoded = decode(graph)
-            caching, cut = caching_of(decoded, *facts), chunking_of(decoded, *facts)
+            caching, chunking = caching_of(decoded, *facts), chunking_of(decoded, *facts)
         except Exception:  # a stranger's bytes may be wrong in any way
             return _ILLEGAL
-        if caching.has_parts and isinstance(cut, Unchunked):  # its rows' numbers can't be told from their positions
+        if caching.has_parts and isinstance(
+            chunking, Unchunked
+        ):  # its rows' numbers can't be told from their positions
             caching = replace(caching, most=0)
-        return Known(caching, cut)
+        return Known(caching, chunking)
 
     return known
 

@@ -106,10 +106,12 @@ class Engine:
                 f"{user_line()}"
             )
         budget = self.tree.catalogue.max_num_batched_tokens
-        cut = self._policy(request.graphs, tensors, request.prompt.rows).cut  # known from here on, if it's asked again
-        if request.prompt.rows > budget and isinstance(cut, Unchunked):
+        chunking = self._policy(
+            request.graphs, tensors, request.prompt.rows
+        ).chunking  # known from here on, if it's asked again
+        if request.prompt.rows > budget and isinstance(chunking, Unchunked):
             raise AdmissionError(
-                f"the prompt must fit into one step, since {cut.reason}: it has {request.prompt.rows} tokens, "
+                f"the prompt must fit into one step, since {chunking.reason}: it has {request.prompt.rows} tokens, "
                 f"max_num_batched_tokens is {budget}; {user_line()}"
             )
         is_structured = request.sampling.structured_outputs is not None
@@ -264,7 +266,7 @@ def _params(request: Request, policy: CachePolicy | None, tied: Tied) -> Any:
     extras = RequestExtras(
         list(request.graphs),
         tied.links,
-        not isinstance(policy.cut, Unchunked),
+        not isinstance(policy.chunking, Unchunked),
         policy.most,
         None if salt is None else (salt, policy.first),
     )

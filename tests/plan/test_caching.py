@@ -342,7 +342,7 @@ def test_a_view_that_the_recorder_did_not_see_counts_as_a_change() -> None:
 )
 def test_bytes_that_are_no_legal_graph_share_nothing(data: bytes) -> None:
     known = known_by(catalogue())(data, {}, 4)
-    caching, cut = known.caching, known.cut
+    caching, cut = known.caching, known.chunking
     assert caching.salt is Salt.UNIQUE or caching.salt is Salt.NONE
     assert caching.most == 0 or caching.salt is Salt.NONE
     assert isinstance(cut, Unchunked) or caching.salt is Salt.NONE
@@ -382,7 +382,7 @@ def test_graphs_that_differ_in_their_tensors_are_looked_at_once_and_others_again
 
     assert ask(V) is ask(W) is not ask(V, 5)
     assert looked == [4, 5]
-    assert isinstance(ask(V).cut, Chunked) and isinstance(ask(torch.ones(4, HIDDEN)).cut, Unchunked)
+    assert isinstance(ask(V).chunking, Chunked) and isinstance(ask(torch.ones(4, HIDDEN)).chunking, Unchunked)
     assert looked == [4, 5, 4]
 
 

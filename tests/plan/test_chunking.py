@@ -26,7 +26,7 @@ def cut(program: Callable[[FakeModel, Any], object]) -> Chunked:
         program(model, tracer)
     (request,) = model.__dict__["backend"].requests
     assert request.graph is not None
-    found = known_by(catalogue())(request.graph, tracer.constants.data, 8).cut
+    found = known_by(catalogue())(request.graph, tracer.constants.data, 8).chunking
     assert isinstance(found, Chunked), found
     return found
 
@@ -164,7 +164,7 @@ def test_why_a_prompt_must_be_whole_is_told_by_the_operation() -> None:
     with model.trace(PROMPT, max_tokens=4) as tracer:
         model.model.layers[0].output[0].softmax(0).save()
     (request,) = model.__dict__["backend"].requests
-    found = known_by(catalogue())(request.graph, tracer.constants.data, 8).cut
+    found = known_by(catalogue())(request.graph, tracer.constants.data, 8).chunking
     assert found == Unchunked("tensor.softmax takes rows of the prompt together")
 
 

@@ -149,13 +149,13 @@ def test_bytes_that_are_no_graph_share_nothing() -> None:
     graph = encode(Graph(Block([Log(0, ["here"])])))
     assert sharing([graph], {}, 3) == CachePolicy(Salt.NONE, None, 0, b"", None)
     found = sharing([graph, b"nonsense"], {}, 3)
-    assert (found.salt, found.most) == (Salt.UNIQUE, 0) and isinstance(found.cut, Unchunked)
+    assert (found.salt, found.most) == (Salt.UNIQUE, 0) and isinstance(found.chunking, Unchunked)
 
 
 def test_a_prompt_may_be_cut_where_all_graphs_allow_it() -> None:
-    assert found(add, scale, own=reads_all).cut is None
+    assert found(add, scale, own=reads_all).chunking is None
     for shared in (found(add, spread), found(spread, own=caches), found(add, own=averages)):
-        assert isinstance(shared.cut, Unchunked)
+        assert isinstance(shared.chunking, Unchunked)
 
 
 def test_blocks_before_the_first_row_that_any_changes_are_plain() -> None:
