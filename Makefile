@@ -28,9 +28,8 @@ demo: $(STAMP)
 # These run engines inside the test process, which vLLM then binds to a core: they get processes of their own. So do those that are
 # run once more with vLLM's V2 model runner, in Triton's interpreter.
 INSIDE := tests/engine/test_parity.py tests/engine/test_churn.py
-# Two files at a time: an engine of a test keeps one core busy at most, and starting one leaves even that idle. In their order, so that
-# the long ones of tests/engine aren't the last.
-PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time: an engine of a test keeps one core busy at most, and starting one leaves even that idle.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 
 test: $(STAMP)
 	$(PYTEST) $(addprefix --ignore ,$(INSIDE)) $(ARGS)
