@@ -6,16 +6,13 @@ from typing import Any
 
 from nnsight_vllm.wire.extras import RequestExtras, decode_extras
 
-_ATTRIBUTE = "nnsight_vllm_extras"
-
 
 def extras_of(request: Any) -> RequestExtras | None:
     """Of a request of vLLM's scheduler, which keeps them as long as it lives; None for a plain one."""
     try:
-        known: RequestExtras | None = getattr(request, _ATTRIBUTE)
+        known: RequestExtras | None = request.nnsight_vllm_extras
     except AttributeError:
-        known = decode_extras(request.sampling_params)
-        setattr(request, _ATTRIBUTE, known)
+        known = request.nnsight_vllm_extras = decode_extras(request.sampling_params)
     return known
 
 
