@@ -34,7 +34,7 @@ PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 test: $(STAMP)
 	$(PYTEST) $(addprefix --ignore ,$(INSIDE)) $(ARGS)
 	$(PYTEST) $(INSIDE) $(ARGS)
-	VLLM_USE_V2_MODEL_RUNNER=1 $(PYTEST) -m v2 $(addprefix --ignore ,$(INSIDE)) tests/engine $(ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(RUN) -m pytest -m v2 $(addprefix --ignore ,$(INSIDE)) tests/engine $(ARGS)
 
 fuzz: $(STAMP)
 	NNSIGHT_VLLM_FUZZ=5000 $(RUN) -m pytest tests/engine/test_churn.py -k fuzzed -s $(ARGS)
